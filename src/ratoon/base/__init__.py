@@ -1,0 +1,1 @@
+"""The ground: errors, typed settings, named random streams, the catalogue of names."""

@@ -1,0 +1,1 @@
+"""Files -> documents -> shards -> batches. NumPy out, never torch."""

@@ -1,0 +1,1 @@
+"""The Transformer: its shape, its layers, its files."""

@@ -1,0 +1,1 @@
+"""Characters <-> tokens; messages -> tokens and a mask."""
