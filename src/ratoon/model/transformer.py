@@ -1,0 +1,416 @@
+"""The Transformer, in one file: decoder, encoder, and cross attention between them are settings of it.
+
+Decides what the settings of `config.py` compute. Attention's product is in `attention.py`, rotary tables in
+`rotary.py`, first values of the weights in `init.py`, foreign weight names in `families.py`.
+
+Letters at the end of a tensor's name are its axes:
+  B batch · T tokens · S keys' length · D width · H query heads · K key/value heads · C channels of a head ·
+  F hidden of the MLP · V vocabulary · R rank · E experts · L layers · N tokens of a batch in one line
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ratoon.model.attention import attend, visible
+from ratoon.model.cache import Cache
+from ratoon.model.config import ModelConfig
+from ratoon.model.rotary import Rotary, rotate
+
+
+class Linear(nn.Linear):
+    """A linear layer that starts as NaN: weights that nobody set are heard at once."""
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, float("nan"))
+        if self.bias is not None:
+            nn.init.constant_(self.bias, float("nan"))
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors that starts as NaN."""
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, float("nan"))
+
+
+class Norm(nn.Module):
+    """RMS norm (Zhang & Sennrich, arXiv:1910.07467) or layer norm over the last axis, with or without a gain."""
+
+    def __init__(self, cfg: ModelConfig, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.eps = cfg.norm_eps
+        self.plus_one = cfg.norm_weight == "plus_one"
+        self.weight = nn.Parameter(torch.full((channels,), float("nan"))) if cfg.norm_weight != "none" else None
+        self.bias = nn.Parameter(torch.full((channels,), float("nan"))) if cfg.norm == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return F.layer_norm(x, (self.channels,), self.weight, self.bias, self.eps)
+        if self.plus_one:
+            assert self.weight is not None
+            return (F.rms_norm(x.float(), (self.channels,), None, self.eps) * (1.0 + self.weight.float())).to(x.dtype)
+        return F.rms_norm(x, (self.channels,), self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What all blocks of one call share; made once, by `Transformer.forward`."""
+
+    rope: tuple[Tensor, Tensor] | None
+    rope_local: tuple[Tensor, Tensor] | None
+    keep: dict[int | None, Tensor | None]
+    keep_memory: Tensor | None
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    # The tanh form equals x·sigmoid(2z): one exponential where tanh costs three times as much on a CPU.
+    if x.device.type == "cpu" and x.requires_grad:
+        return x * torch.sigmoid((2 * math.sqrt(2 / math.pi)) * (x + 0.044715 * x * x * x))
+    return F.gelu(x, approximate="tanh")
+
+
+def _relu2(x: Tensor) -> Tensor:
+    positive = F.relu(x)
+    return positive * positive
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu2": _relu2,
+    "swiglu": F.silu,
+    "geglu_tanh": _gelu_tanh,
+}
+
+
+class MLP(nn.Module):
+    """down(act(up x)), or gated: down(act(gate x) · up x) (Shazeer, arXiv:2002.05202)."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.act = _ACTIVATIONS[cfg.mlp]
+        self.gate = Linear(cfg.width, cfg.mlp_width, bias=cfg.mlp_bias) if cfg.gated else None
+        self.up = Linear(cfg.width, cfg.mlp_width, bias=cfg.mlp_bias)
+        self.down = Linear(cfg.mlp_width, cfg.width, bias=cfg.mlp_bias)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.gate is not None:
+            return self.down(self.act(self.gate(x_BTD)) * self.up(x_BTD)), None
+        return self.down(self.act(self.up(x_BTD))), None
+
+
+class Experts(nn.Module):
+    """A mixture of experts: each token goes to the k experts its router likes best.
+
+    Experts' weights are stacked: gate, up (E, F, D), down (E, D, F).
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        assert cfg.moe is not None
+        self.moe = cfg.moe
+        self.act = _ACTIVATIONS[cfg.mlp]
+        E, F_, D = cfg.moe.experts, cfg.moe.expert_width, cfg.width
+        self.router = Linear(D, E, bias=False)
+        self.gate = nn.Parameter(torch.full((E, F_, D), float("nan"))) if cfg.gated else None
+        self.up = nn.Parameter(torch.full((E, F_, D), float("nan")))
+        self.down = nn.Parameter(torch.full((E, D, F_), float("nan")))
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+        B, T, D = x_BTD.shape
+        x_ND = x_BTD.reshape(B * T, D)
+        router_NE = self.router(x_ND)
+        weight_Nk, expert_Nk = router_NE.float().softmax(-1).topk(self.moe.experts_per_token, dim=-1)
+        if self.moe.normalize_weights:
+            weight_Nk = weight_Nk / weight_Nk.sum(-1, keepdim=True)
+        weight_Nk = weight_Nk.to(x_ND.dtype)
+        # Tokens are sorted by expert, so that each expert multiplies one dense block.
+        order = expert_Nk.flatten().argsort(stable=True)
+        token = order // self.moe.experts_per_token
+        counts = torch.bincount(expert_Nk.flatten(), minlength=self.moe.experts).tolist()
+        pieces = []
+        for expert, block_ND in enumerate(torch.split(x_ND.index_select(0, token), counts)):
+            hidden = F.linear(block_ND, self.up[expert])
+            if self.gate is not None:
+                hidden = self.act(F.linear(block_ND, self.gate[expert])) * hidden
+            else:
+                hidden = self.act(hidden)
+            pieces.append(F.linear(hidden, self.down[expert]))
+        mixed = torch.cat(pieces) * weight_Nk.flatten().index_select(0, order)[:, None]
+        out_ND = torch.zeros_like(x_ND).index_add(0, token, mixed)
+        return out_ND.view(B, T, D), router_NE.view(B, T, -1)
+
+
+def balance_loss(router_BTE: Tensor, experts_per_token: int, keep_BT: Tensor | None = None) -> Tensor:
+    """The load-balancing loss of each row (B,): E · Σ_e f_e p_e (Switch Transformer, arXiv:2101.03961, eq. 4-6).
+
+    f_e: share of the row's choices that fell on expert e; p_e: mean router probability. Taken row by row, so that it
+    adds up over micro-batches and processes. `keep_BT` leaves padding out.
+    """
+    B, T, E = router_BTE.shape
+    probability_BTE = router_BTE.float().softmax(-1)
+    chosen_BTk = probability_BTE.topk(experts_per_token, dim=-1).indices
+    chosen_BTE = torch.zeros_like(probability_BTE).scatter(-1, chosen_BTk, 1.0)
+    keep_BT1 = torch.ones(B, T, 1, device=router_BTE.device) if keep_BT is None else keep_BT[..., None].float()
+    tokens_B1 = keep_BT1.sum(1).clamp(min=1)
+    share_BE = (chosen_BTE * keep_BT1).sum(1) / tokens_B1
+    mean_BE = (probability_BTE * keep_BT1).sum(1) / tokens_B1
+    return E * (share_BE * mean_BE).sum(-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped key/value heads; over the row itself, or over an encoder's output."""
+
+    def __init__(self, cfg: ModelConfig, layer: int, *, cross: bool = False) -> None:
+        super().__init__()
+        self.cfg, self.layer, self.cross = cfg, layer, cross
+        self.window = None if cross else cfg.window(layer)
+        self.scale = cfg.query_scale if cfg.query_scale is not None else cfg.channels**-0.5
+        self.q = Linear(cfg.width, cfg.heads * cfg.channels, bias=cfg.qkv_bias)
+        self.k = Linear(cfg.width, cfg.kv * cfg.channels, bias=cfg.qkv_bias)
+        self.v = Linear(cfg.width, cfg.kv * cfg.channels, bias=cfg.qkv_bias)
+        self.o = Linear(cfg.heads * cfg.channels, cfg.width, bias=cfg.out_bias)
+        normed = cfg.qk_norm != "none" and not cross
+        self.q_norm = Norm(cfg, cfg.channels) if normed else None
+        self.k_norm = Norm(cfg, cfg.channels) if normed else None
+
+    def forward(self, x_BTD: Tensor, reading: Reading, cache: Cache | None, memory_BSD: Tensor | None) -> Tensor:
+        B, T, _ = x_BTD.shape
+        cfg = self.cfg
+        q_BTHC = self.q(x_BTD).view(B, T, cfg.heads, cfg.channels)
+        if self.cross:
+            k_BKSC, v_BKSC = self._memory(memory_BSD, cache)
+            q_BHTC = q_BTHC.transpose(1, 2)
+            keep, causal = reading.keep_memory, False
+        else:
+            k_BTKC = self.k(x_BTD).view(B, T, cfg.kv, cfg.channels)
+            v_BKSC = self.v(x_BTD).view(B, T, cfg.kv, cfg.channels).transpose(1, 2)
+            q_BTHC, k_BTKC = self._place(q_BTHC, k_BTKC, reading)
+            q_BHTC, k_BKSC = q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2)
+            if cache is not None:
+                k_BKSC, v_BKSC = cache.extend(self.layer, k_BKSC, v_BKSC)
+            keep, causal = reading.keep[self.window], cfg.causal
+        out_BHTC = attend(
+            q_BHTC, k_BKSC, v_BKSC, keep_B1TS=keep, causal=causal, scale=self.scale, softcap=cfg.attention_softcap
+        )
+        mixed_BTD: Tensor = self.o(out_BHTC.transpose(1, 2).reshape(B, T, cfg.heads * cfg.channels))
+        return mixed_BTD
+
+    def _place(self, q_BTHC: Tensor, k_BTKC: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+        """Norm and turn queries and keys, in the order of the settings."""
+        if self.q_norm is not None and self.k_norm is not None and self.cfg.qk_norm == "before_rope":
+            q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)
+        rope = reading.rope_local if self.window is not None and reading.rope_local is not None else reading.rope
+        if rope is not None:
+            q_BTHC, k_BTKC = rotate(q_BTHC, *rope), rotate(k_BTKC, *rope)
+        if self.q_norm is not None and self.k_norm is not None and self.cfg.qk_norm == "after_rope":
+            q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)
+        return q_BTHC, k_BTKC
+
+    def _memory(self, memory_BSD: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's output; with a cache they are made once."""
+        if cache is not None:
+            kept = cache.memory[self.layer]
+            if kept is not None:
+                return kept
+        assert memory_BSD is not None, "cross attention needs the encoder's output"
+        B, S, _ = memory_BSD.shape
+        k_BKSC = self.k(memory_BSD).view(B, S, self.cfg.kv, self.cfg.channels).transpose(1, 2)
+        v_BKSC = self.v(memory_BSD).view(B, S, self.cfg.kv, self.cfg.channels).transpose(1, 2)
+        if cache is not None:
+            cache.memory[self.layer] = (k_BKSC, v_BKSC)
+        return k_BKSC, v_BKSC
+
+
+class Block(nn.Module):
+    """Attention, cross attention where asked for, MLP; each added to the stream as `norm_layout` says."""
+
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.parallel = cfg.norm_layout == "parallel"
+        sandwich = cfg.norm_layout == "sandwich"
+        self.attention_norm = Norm(cfg, cfg.width)
+        self.attention = Attention(cfg, layer)
+        self.attention_post_norm = Norm(cfg, cfg.width) if sandwich else None
+        self.cross_norm = Norm(cfg, cfg.width) if cfg.cross_attention else None
+        self.cross = Attention(cfg, layer, cross=True) if cfg.cross_attention else None
+        self.mlp_norm = Norm(cfg, cfg.width)
+        self.mlp = Experts(cfg) if cfg.has_experts(layer) else MLP(cfg)
+        self.mlp_post_norm = Norm(cfg, cfg.width) if sandwich else None
+
+    def forward(
+        self, x_BTD: Tensor, reading: Reading, cache: Cache | None = None, memory_BSD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream after the block, and the router's scores (B, T, E) where the MLP is a mixture."""
+        mixed_BTD = self.attention(self.attention_norm(x_BTD), reading, cache, None)
+        if self.parallel:
+            out_BTD, router = self.mlp(self.mlp_norm(x_BTD))
+            return x_BTD + mixed_BTD + out_BTD, router
+        if self.attention_post_norm is not None:
+            mixed_BTD = self.attention_post_norm(mixed_BTD)
+        x_BTD = x_BTD + mixed_BTD
+        if self.cross is not None and self.cross_norm is not None:
+            x_BTD = x_BTD + self.cross(self.cross_norm(x_BTD), reading, cache, memory_BSD)
+        out_BTD, router = self.mlp(self.mlp_norm(x_BTD))
+        if self.mlp_post_norm is not None:
+            out_BTD = self.mlp_post_norm(out_BTD)
+        return x_BTD + out_BTD, router
+
+
+class Transformer(nn.Module):
+    """A stack of blocks between an embedding and a head. Parameters are NaN until `init.py` or a reader sets them."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed = Embedding(cfg.vocab_size, cfg.width)
+        self.place = Embedding(cfg.context_tokens, cfg.width) if cfg.positions == "learned" else None
+        self.embed_norm = Norm(cfg, cfg.width) if cfg.embedding_norm else None
+        self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.layers))
+        self.final_norm = Norm(cfg, cfg.width)
+        self.head = None if cfg.tied_embeddings else Linear(cfg.width, cfg.vocab_size, bias=cfg.head_bias)
+        self.rotary = Rotary(cfg) if cfg.positions == "rotary" else None
+        two_thetas = cfg.positions == "rotary" and cfg.rope_local_theta is not None
+        self.rotary_local = Rotary(cfg, local=True) if two_thetas else None
+        self.recompute_blocks = False
+        """Gradient checkpointing: a block's inside is computed again in the backward pass instead of kept."""
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        position_BT: Tensor | None = None,
+        document_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        memory_BSD: Tensor | None = None,
+        memory_document_BS: Tensor | None = None,
+        routers: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Token ids (B, T) -> the last layer's normed output (B, T, D).
+
+        `position_BT` absent: counted from the cache's length on, the same for each row. `document_BT` absent: each
+        row is one document. `memory_BSD`: an encoder's output, for cross attention, visible where
+        `memory_document_BS` equals the row's document. `routers`, if given, is filled with each mixture layer's
+        router scores (B, T, E).
+        """
+        T = ids_BT.shape[1]
+        start = cache.length if cache is not None else 0
+        x_BTD = self.embed(ids_BT)
+        if self.cfg.embedding_scale is not None:
+            x_BTD = x_BTD * torch.tensor(self.cfg.embedding_scale, dtype=x_BTD.dtype, device=x_BTD.device)
+        if self.place is not None:
+            places = self.place.weight[start : start + T][None] if position_BT is None else self.place(position_BT)
+            x_BTD = x_BTD + places
+        if self.embed_norm is not None:
+            x_BTD = self.embed_norm(x_BTD)
+        reading = self._reading(x_BTD, start, position_BT, document_BT, cache, memory_document_BS)
+        for block in self.layers:
+            if self.recompute_blocks and self.training and cache is None:
+                x_BTD, router = checkpoint(block, x_BTD, reading, None, memory_BSD, use_reentrant=False)
+            else:
+                x_BTD, router = block(x_BTD, reading, cache, memory_BSD)
+            if routers is not None and router is not None:
+                routers.append(router)
+        if cache is not None:
+            cache.advance(T)
+        hidden_BTD: Tensor = self.final_norm(x_BTD)
+        return hidden_BTD
+
+    def _reading(
+        self,
+        x_BTD: Tensor,
+        start: int,
+        position_BT: Tensor | None,
+        document_BT: Tensor | None,
+        cache: Cache | None,
+        memory_document_BS: Tensor | None,
+    ) -> Reading:
+        T = x_BTD.shape[1]
+
+        def rope(rotary: Rotary | None) -> tuple[Tensor, Tensor] | None:
+            if rotary is None:
+                return None
+            cos, sin = rotary.tables(x_BTD.device, x_BTD.dtype)
+            if position_BT is None:
+                return cos[None, start : start + T, None], sin[None, start : start + T, None]
+            return cos[position_BT][:, :, None], sin[position_BT][:, :, None]
+
+        document_BS = cache.mark(T, document_BT) if cache is not None else document_BT
+        if document_BT is None and document_BS is not None:
+            document_BT = document_BS[:, start:]
+        keep = {
+            window: visible(
+                document_BT,
+                document_BS,
+                queries=T,
+                keys=start + T,
+                causal=self.cfg.causal,
+                window=window,
+                device=x_BTD.device,
+            )
+            for window in {self.cfg.window(layer) for layer in range(self.cfg.layers)}
+        }
+        keep_memory = None
+        if memory_document_BS is not None:
+            own_BT = torch.zeros_like(x_BTD[..., 0], dtype=torch.int32) if document_BT is None else document_BT
+            keep_memory = (own_BT[:, :, None] == memory_document_BS[:, None, :])[:, None]
+        return Reading(rope(self.rotary), rope(self.rotary_local), keep, keep_memory)
+
+    def head_weight(self) -> Tensor:
+        """The matrix (V, D) that turns hidden states into scores; the embedding's own where they are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Scores of every token of the vocabulary (…, V)."""
+        logits = F.linear(hidden_BTD, self.head_weight(), None if self.head is None else self.head.bias)
+        cap = self.cfg.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class EncoderDecoder(nn.Module):
+    """An encoder that sees its whole source and a decoder that attends to it (Vaswani et al., arXiv:1706.03762).
+
+    `encoder` has `causal=False`, `decoder` has `cross_attention=True`; both have the same width. With
+    `shared_embeddings` source and target use one table.
+    """
+
+    def __init__(self, encoder: ModelConfig, decoder: ModelConfig, *, shared_embeddings: bool = True) -> None:
+        super().__init__()
+        assert not encoder.causal and decoder.cross_attention and encoder.width == decoder.width
+        self.encoder = Transformer(encoder)
+        self.decoder = Transformer(decoder)
+        if shared_embeddings:
+            assert encoder.vocab_size == decoder.vocab_size
+            self.encoder.embed = self.decoder.embed
+
+    def encode(self, source_BS: Tensor, document_BS: Tensor | None = None) -> Tensor:
+        """Source ids (B, S) -> memory (B, S, D). Padding has document -1."""
+        hidden: Tensor = self.encoder(source_BS, document_BT=document_BS)
+        return hidden
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        source_BS: Tensor,
+        document_BT: Tensor | None = None,
+        source_document_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Target ids (B, T) read beside source ids (B, S) -> the decoder's hidden states (B, T, D)."""
+        memory_BSD = self.encode(source_BS, source_document_BS)
+        hidden: Tensor = self.decoder(
+            ids_BT, document_BT=document_BT, memory_BSD=memory_BSD, memory_document_BS=source_document_BS
+        )
+        return hidden
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Scores of every token of the target's vocabulary (…, V)."""
+        return self.decoder.logits(hidden_BTD)
