@@ -1,0 +1,69 @@
+"""Settings of the one loop; free of torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ratoon.base.settings import Settings
+
+
+class TrainSettings(Settings):
+    """How a model is trained. One step = one update of the weights, on `rows` rows of `context_tokens` tokens."""
+
+    steps: int | None = Field(None, ge=1, description="updates of the weights; absent: what `budget_minutes` allows")
+    budget_minutes: float | None = Field(
+        None, gt=0, description="wall-clock minutes for training; with `steps` absent, the steps are derived from it"
+    )
+    rows: int = Field(32, ge=1, description="rows a step, over all micro-batches and processes")
+    context_tokens: int = Field(256, ge=2, description="tokens a row")
+    micro_batch_rows: int | None = Field(None, ge=1, description="rows at once; absent: as many as fit the memory")
+    seed: int = Field(1, ge=0, description="the one seed; every use of chance has its own stream under it")
+
+    optimizer: Literal["adamw", "muon"] = Field(
+        "muon", description="muon: hidden matrices by Muon, everything else by AdamW; adamw: all by AdamW"
+    )
+    learning_rate: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
+    matrix_learning_rate: float = Field(0.02, gt=0, description="peak learning rate of Muon; read with optimizer: muon")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices and embeddings")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW: decay of the mean square")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW: added to the root of the mean square")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum; read with optimizer: muon")
+    clip_norm: float | None = Field(1.0, gt=0, description="gradient norm above which it is scaled down; absent: never")
+
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "wsd", description="after the warm-up: cosine to `final_fraction`; wsd: level, then linear decay; constant"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    decay_fraction: float = Field(0.6, gt=0, le=1, description="wsd: last share of the steps that decays")
+    final_fraction: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak")
+
+    precision: Literal["auto", "bf16", "float32", "autocast-bf16", "autocast-fp16"] = Field(
+        "auto",
+        description="bf16: bfloat16 weights and activations with float32 master weights; autocast-…: float32 weights, "
+        "lower precision inside; auto: bf16 where the processor multiplies it fast, else float32",
+    )
+    compile: Literal["auto", "model", "blocks", "off"] = Field(
+        "auto", description="torch.compile of the whole model or of its blocks; auto: where a compiler is, by size"
+    )
+    recompute_blocks: bool = Field(False, description="gradient checkpointing: less memory, a third more arithmetic")
+
+    evaluate_every_steps: int | None = Field(None, ge=1, description="held-out evaluation; absent: ten times a run")
+    evaluate_tokens: int = Field(65_536, ge=1, description="held-out tokens an evaluation reads at most")
+    sample_every_steps: int | None = Field(None, ge=1, description="samples are written; absent: at start and end")
+    log_every_steps: int = Field(10, ge=1, description="a line of metrics")
+    checkpoint_every_steps: int | None = Field(None, ge=1, description="absent: every `checkpoint_every_minutes`")
+    checkpoint_every_minutes: float = Field(5.0, gt=0, description="wall-clock minutes between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="latest checkpoints kept, besides the best")
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainSettings:
+        if self.steps is None and self.budget_minutes is None:
+            raise ValueError("give 'steps' or 'budget_minutes'")
+        if self.micro_batch_rows is not None and self.micro_batch_rows > self.rows:
+            raise ValueError(f"micro_batch_rows {self.micro_batch_rows} is more than the {self.rows} rows of a step")
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} leaves nothing of {self.steps} steps")
+        return self
