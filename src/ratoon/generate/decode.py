@@ -1,0 +1,343 @@
+"""The one decoding loop: read the prompts, choose, read what was chosen, until every row is done.
+
+Decides batching, capacity and when a row ends. What is chosen is a strategy: `OneEach` (greedy and sampling) here,
+`Beams` in `beam.py`. Scores are changed in `sample.py`, text is watched in `stopping.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ratoon.base.errors import ConfigError, DataError
+from ratoon.generate.sample import Sampling, draw, penalize_repetition, row_streams, warp
+from ratoon.generate.stopping import Decoder, Watch
+from ratoon.model.cache import Cache
+from ratoon.model.transformer import EncoderDecoder, Transformer
+
+Finish = Literal["eos", "stop", "length", "context"]
+PREFILL_TOKENS = 512
+"""Prompt tokens read at once: enough to fill the matrix product, few enough that scores stay small in memory."""
+
+
+@dataclass
+class Generated:
+    """One answer. `ids` are all generated tokens, the end token or those of a stop text included; `text` (None
+    without a tokenizer) leaves both out. `finish`: why it ended; "context" means that the model's context was full.
+    `logprobs`: log probability of each token under the model itself, before temperature and cuts (nats).
+    `dropped_prompt_tokens`: how many were cut from the prompt's left, which happens on request only.
+    """
+
+    ids: list[int]
+    text: str | None
+    finish: Finish
+    prompt_tokens: int
+    dropped_prompt_tokens: int = 0
+    logprobs: list[float] | None = None
+    score: float | None = None
+
+    def __str__(self) -> str:
+        return self.text if self.text is not None else " ".join(map(str, self.ids))
+
+
+@dataclass
+class Row:
+    """A prompt and what came of it so far. `room`: the most tokens that may be added."""
+
+    index: int
+    prompt: list[int]
+    room: int
+    full: Finish
+    dropped: int = 0
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    watch: Watch | None = None
+
+
+@dataclass(frozen=True)
+class Move:
+    """What is read next: a token for each row of the cache, after its rows became copies of the former `rows`
+    (None: they stay as they are)."""
+
+    ids: list[int]
+    rows: list[int] | None
+
+
+class Strategy(Protocol):
+    """Chooses from the scores of the cache's rows; None ends the loop."""
+
+    def advance(self, logits_BV: Tensor) -> Move | None: ...
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends an answer, and how its text is made."""
+
+    eos_ids: tuple[int, ...]
+    sampling: Sampling
+    decoder: Callable[[], Decoder] | None
+
+    def watch(self) -> Watch | None:
+        """A new text to watch, where there is a tokenizer."""
+        return Watch(self.decoder(), self.sampling.stop) if self.decoder is not None else None
+
+
+class Reader:
+    """The model's side of the loop: reads prompts and tokens through a cache, gives the last token's scores."""
+
+    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], capacity: int) -> None:
+        self.model = model
+        self.prompts = prompts
+        weight = model.head_weight()
+        self.device = weight.device
+        self.cache = Cache(model.cfg, len(prompts), capacity, dtype=weight.dtype, device=self.device)
+        self.next_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        self.memory_document_BS: Tensor | None = None
+
+    def prefill(self, memory_BSD: Tensor | None = None, memory_document_BS: Tensor | None = None) -> Tensor:
+        """Read all prompts, padded on the left where they are unequal; scores (B, V) after their last tokens."""
+        self.memory_document_BS = memory_document_BS
+        longest = max(len(prompt) for prompt in self.prompts)
+        padding = [longest - len(prompt) for prompt in self.prompts]
+        ids_BT = torch.tensor(
+            [[0] * pad + list(prompt) for pad, prompt in zip(padding, self.prompts, strict=True)], device=self.device
+        )
+        position_BT = document_BT = None
+        if any(padding):
+            slot_BT = (
+                torch.arange(longest, device=self.device)[None] - torch.tensor(padding, device=self.device)[:, None]
+            )
+            position_BT = slot_BT.clamp(min=0)
+            document_BT = torch.where(slot_BT < 0, -1, 0).to(torch.int32)
+        for start in range(0, longest, PREFILL_TOKENS):
+            part = slice(start, start + PREFILL_TOKENS)
+            hidden_BTD = self.model(
+                ids_BT[:, part],
+                None if position_BT is None else position_BT[:, part],
+                None if document_BT is None else document_BT[:, part],
+                self.cache,
+                memory_BSD=memory_BSD,
+                memory_document_BS=memory_document_BS,
+            )
+        return self.model.logits(hidden_BTD[:, -1])
+
+    def step(self, move: Move) -> Tensor:
+        """Read one more token in each row; scores (B, V) after it."""
+        if move.rows is not None:
+            rows = torch.tensor(move.rows, device=self.device)
+            self.cache.reorder(rows)
+            self.next_B = self.next_B.index_select(0, rows)
+            if self.memory_document_BS is not None:
+                self.memory_document_BS = self.memory_document_BS.index_select(0, rows)
+        ids_B1 = torch.tensor(move.ids, device=self.device)[:, None]
+        position_B1 = self.next_B[:, None] if self.cache.padded else None
+        hidden_B1D = self.model(ids_B1, position_B1, None, self.cache, memory_document_BS=self.memory_document_BS)
+        self.next_B = self.next_B + 1
+        return self.model.logits(hidden_B1D[:, -1])
+
+
+class OneEach:
+    """Greedy and sampling: each row goes its own way and leaves the batch when it is done."""
+
+    def __init__(
+        self,
+        rows: list[Row],
+        ends: Ends,
+        vocab_size: int,
+        *,
+        logprobs: bool,
+        on_text: Callable[[int, str], None] | None,
+        device: torch.device,
+    ) -> None:
+        self.live = rows
+        self.ends = ends
+        self.logprobs = logprobs
+        self.on_text = on_text
+        self.done: dict[int, Finish] = {}
+        sampling = ends.sampling
+        self.streams = row_streams([row.prompt for row in rows], sampling.seed) if sampling.temperature > 0 else None
+        self.seen_BV: Tensor | None = None
+        if sampling.repetition_penalty != 1.0:
+            self.seen_BV = torch.zeros(len(rows), vocab_size, dtype=torch.bool, device=device)
+            for number, row in enumerate(rows):
+                self.seen_BV[number, row.prompt] = True
+        for row in rows:
+            row.watch = ends.watch()
+
+    def choose(self, logits_BV: Tensor) -> list[int]:
+        """The next token of each live row."""
+        sampling = self.ends.sampling
+        scores_BV = logits_BV
+        if self.seen_BV is not None:
+            scores_BV = penalize_repetition(scores_BV, self.seen_BV, sampling.repetition_penalty)
+        short = [number for number, row in enumerate(self.live) if len(row.ids) < sampling.min_new_tokens]
+        if short and self.ends.eos_ids:
+            scores_BV = scores_BV.clone()
+            for id in self.ends.eos_ids:
+                scores_BV[short, id] = float("-inf")
+        if self.streams is None:
+            chosen_B = scores_BV.argmax(-1)
+        else:
+            chosen_B = draw(warp(scores_BV, sampling), [self.streams[row.index].random() for row in self.live])
+        if self.seen_BV is not None:
+            self.seen_BV.scatter_(1, chosen_B[:, None], True)
+        if self.logprobs:
+            taken_B = logits_BV.log_softmax(-1).gather(1, chosen_B[:, None])[:, 0]
+            for row, logprob in zip(self.live, taken_B.tolist(), strict=True):
+                row.logprobs.append(logprob)
+        chosen: list[int] = chosen_B.tolist()
+        return chosen
+
+    def advance(self, logits_BV: Tensor) -> Move | None:
+        """One token more for each live row."""
+        ids = self.choose(logits_BV.float())
+        staying = [number for number, row in enumerate(self.live) if not self._add(row, ids[number])]
+        if not staying:
+            return None
+        if len(staying) == len(self.live):
+            return Move(ids, None)
+        self.live = [self.live[number] for number in staying]
+        if self.seen_BV is not None:
+            self.seen_BV = self.seen_BV[staying]
+        return Move([ids[number] for number in staying], staying)
+
+    def _add(self, row: Row, id: int) -> bool:
+        """Whether the row is done with this token."""
+        row.ids.append(id)
+        finish: Finish | None = None
+        if id in self.ends.eos_ids:
+            finish = "eos"
+        elif row.watch is not None:
+            self._show(row, row.watch.push(id))
+            if row.watch.stopped:
+                finish = "stop"
+        if finish is None and len(row.ids) == row.room:
+            finish = row.full
+        if finish is None:
+            return False
+        if row.watch is not None:
+            self._show(row, row.watch.finish())
+        self.done[row.index] = finish
+        return True
+
+    def _show(self, row: Row, text: str) -> None:
+        if text and self.on_text is not None:
+            self.on_text(row.index, text)
+
+    def results(self, rows: list[Row]) -> list[Generated]:
+        """The answers, in the order of the prompts."""
+        return [
+            Generated(
+                ids=row.ids,
+                text=row.watch.text if row.watch is not None else None,
+                finish=self.done[row.index],
+                prompt_tokens=len(row.prompt),
+                dropped_prompt_tokens=row.dropped,
+                logprobs=row.logprobs if self.logprobs else None,
+            )
+            for row in rows
+        ]
+
+
+def fit(
+    prompts: Sequence[Sequence[int]], sampling: Sampling, context_tokens: int, shorten: Literal["left"] | None
+) -> list[Row]:
+    """Prompts as rows that fit the context. Raises `DataError` for an empty prompt and for one longer than the
+    context, unless `shorten="left"`: then the last tokens are kept that leave room for `max_new_tokens`, or half the
+    context if that is more, and the row counts what was dropped.
+    """
+    rows = []
+    for index, prompt in enumerate(prompts):
+        kept = list(prompt)
+        if not kept:
+            raise DataError(
+                "the prompt is empty: there is nothing to go on from",
+                where=f"prompt {index}",
+                expected="at least one token",
+                fix="give a text, or the model's first token (bos)",
+            )
+        dropped = 0
+        if len(kept) > context_tokens:
+            if shorten is None:
+                raise DataError(
+                    f"the prompt has {len(kept):,} tokens",
+                    where=f"prompt {index}",
+                    expected=f"at most {context_tokens:,}, the model's context",
+                    fix='shorten it, or keep only its end with shorten="left" (--shorten left)',
+                )
+            keep = max(context_tokens - sampling.max_new_tokens + 1, (context_tokens + 1) // 2)
+            dropped = len(kept) - keep
+            kept = kept[dropped:]
+        left = context_tokens - len(kept) + 1  # the last token is never read, so it needs no place
+        full: Finish = "length" if sampling.max_new_tokens <= left else "context"
+        rows.append(Row(index, kept, min(sampling.max_new_tokens, left), full, dropped))
+    return rows
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer | EncoderDecoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | None = None,
+    *,
+    decoder: Callable[[], Decoder] | None = None,
+    eos_ids: Sequence[int] | None = None,
+    sources: Sequence[Sequence[int]] | None = None,
+    shorten: Literal["left"] | None = None,
+    logprobs: bool = False,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Generated]:
+    """Go on from each prompt (token ids); one answer for each, whatever its neighbours are.
+
+    `decoder` makes a new stream decoder (text and stop texts need one). `eos_ids`: the model's own if absent.
+    `sources`: an encoder-decoder's source ids, one for each prompt. `on_text(prompt number, new text)` is called as
+    text comes: whole characters, never a part of a stop text. Raises `ConfigError` for settings that cannot be met
+    here, `DataError` for a prompt that does not fit (see `fit`).
+    """
+    sampling = sampling or Sampling()
+    transformer = model.decoder if isinstance(model, EncoderDecoder) else model
+    cfg = transformer.cfg
+    if not cfg.causal:
+        raise ConfigError("the model is an encoder: it reads, it does not write", expected="a causal model")
+    if decoder is None and (sampling.stop or on_text is not None):
+        raise ConfigError("stop texts and streaming need a tokenizer", expected="a model folder with tokenizer.json")
+    if sampling.num_beams > 1 and on_text is not None:
+        raise ConfigError("beam search has no text to stream before its end", fix="leave out streaming, or num_beams")
+    if (sources is not None) != isinstance(model, EncoderDecoder):
+        raise ConfigError("sources belong to an encoder-decoder, and it cannot do without them")
+    if not prompts:
+        return []
+    rows = fit(prompts, sampling, cfg.context_tokens, shorten)
+    ends = Ends(tuple(cfg.eos_ids if eos_ids is None else eos_ids), sampling, decoder)
+    reader = Reader(transformer, [row.prompt for row in rows], _capacity(rows))
+    memory_BSD = memory_document_BS = None
+    if isinstance(model, EncoderDecoder):
+        assert sources is not None and len(sources) == len(prompts), "one source for each prompt"
+        source_BS, memory_document_BS = _pad_sources(sources, reader.device)
+        memory_BSD = model.encode(source_BS, memory_document_BS)
+    strategy = OneEach(rows, ends, cfg.vocab_size, logprobs=logprobs, on_text=on_text, device=reader.device)
+    logits_BV = reader.prefill(memory_BSD, memory_document_BS)
+    while (move := strategy.advance(logits_BV)) is not None:
+        logits_BV = reader.step(move)
+    return strategy.results(rows)
+
+
+def _capacity(rows: list[Row]) -> int:
+    """Slots the cache needs: rows are aligned at the end of their prompts."""
+    return max(len(row.prompt) for row in rows) + max(row.room for row in rows) - 1
+
+
+def _pad_sources(sources: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sources padded on the right, by at least one slot: a prompt's own padding then has something to look at, and
+    no row of the softmax is empty."""
+    longest = max(len(source) for source in sources) + 1
+    ids_BS = torch.zeros(len(sources), longest, dtype=torch.int64, device=device)
+    document_BS = torch.full((len(sources), longest), -1, dtype=torch.int32, device=device)
+    for number, source in enumerate(sources):
+        ids_BS[number, : len(source)] = torch.tensor(list(source), device=device)
+        document_BS[number, : len(source)] = 0
+    return ids_BS, document_BS
