@@ -2,59 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
-from ratoon.base.errors import ConfigError, DataError
 from ratoon.generate.decode import generate
 from ratoon.generate.sample import Sampling
 from ratoon.model.config import ModelConfig, MoE, RopeScaling
-from ratoon.model.transformer import EncoderDecoder, Transformer
+from ratoon.model.transformer import Transformer
 
-BASE = dict(vocab_size=61, width=32, layers=3, heads=4, mlp_width=48, context_tokens=64)
+BASE = {"vocab_size": 61, "width": 32, "layers": 3, "heads": 4, "mlp_width": 48, "context_tokens": 64}
 SHAPES: dict[str, dict[str, object]] = {
-    "llama": dict(kv_heads=2),
-    "gpt2": dict(norm="layer", positions="learned", mlp="gelu_tanh", qkv_bias=True, out_bias=True, mlp_bias=True),
-    "gpt_neox": dict(
-        norm="layer",
-        norm_layout="parallel",
-        rope_fraction=0.25,
-        mlp="gelu",
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        tied_embeddings=False,
-    ),
-    "qwen2": dict(kv_heads=2, qkv_bias=True),
-    "qwen3": dict(kv_heads=1, head_dim=16, qk_norm="before_rope"),
-    "qwen3_moe": dict(
-        kv_heads=2, qk_norm="before_rope", moe=MoE(experts=4, experts_per_token=2, expert_width=24), moe_layers=(0, 2)
-    ),
-    "gemma3": dict(
-        kv_heads=2,
-        norm_weight="plus_one",
-        norm_layout="sandwich",
-        mlp="geglu_tanh",
-        qk_norm="before_rope",
-        embedding_scale=5.65,
-        windows=(7, 7, None),
-        rope_local_theta=100.0,
-        query_scale=0.3,
-        attention_softcap=9.0,
-        logit_softcap=11.0,
-    ),
-    "nanochat": dict(
-        norm_weight="none",
-        embedding_norm=True,
-        mlp="relu2",
-        qk_norm="after_rope",
-        rope_sign=-1,
-        logit_softcap=15.0,
-        tied_embeddings=False,
-    ),
-    "yarn": dict(rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_context_tokens=16)),
+    "llama": {"kv_heads": 2},
+    "gpt2": {
+        "norm": "layer",
+        "positions": "learned",
+        "mlp": "gelu_tanh",
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+    },
+    "gpt_neox": {
+        "norm": "layer",
+        "norm_layout": "parallel",
+        "rope_fraction": 0.25,
+        "mlp": "gelu",
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+        "tied_embeddings": False,
+    },
+    "qwen2": {"kv_heads": 2, "qkv_bias": True},
+    "qwen3": {"kv_heads": 1, "head_dim": 16, "qk_norm": "before_rope"},
+    "qwen3_moe": {
+        "kv_heads": 2,
+        "qk_norm": "before_rope",
+        "moe": MoE(experts=4, experts_per_token=2, expert_width=24),
+        "moe_layers": (0, 2),
+    },
+    "gemma3": {
+        "kv_heads": 2,
+        "norm_weight": "plus_one",
+        "norm_layout": "sandwich",
+        "mlp": "geglu_tanh",
+        "qk_norm": "before_rope",
+        "embedding_scale": 5.65,
+        "windows": (7, 7, None),
+        "rope_local_theta": 100.0,
+        "query_scale": 0.3,
+        "attention_softcap": 9.0,
+        "logit_softcap": 11.0,
+    },
+    "nanochat": {
+        "norm_weight": "none",
+        "embedding_norm": True,
+        "mlp": "relu2",
+        "qk_norm": "after_rope",
+        "rope_sign": -1,
+        "logit_softcap": 15.0,
+        "tied_embeddings": False,
+    },
+    "yarn": {"rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_context_tokens=16)},
 }
 PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [60, 59]]
 

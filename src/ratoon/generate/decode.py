@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from ratoon.model.cache import Cache
 from ratoon.model.transformer import EncoderDecoder, Transformer
 
 Finish = Literal["eos", "stop", "length", "context"]
+BATCH_ROWS = 16
+"""Prompts decoded side by side."""
 PREFILL_TOKENS = 512
 """Prompt tokens read at once: enough to fill the matrix product, few enough that scores stay small in memory."""
 
@@ -56,6 +59,7 @@ class Row:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     watch: Watch | None = None
+    chance: np.random.Generator | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Strategy(Protocol):
     """Chooses from the scores of the cache's rows; None ends the loop."""
 
     def advance(self, logits_BV: Tensor) -> Move | None: ...
+
+    def result(self, row: Row) -> Generated: ...
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,6 @@ class OneEach:
         *,
         logprobs: bool,
         on_text: Callable[[int, str], None] | None,
-        device: torch.device,
     ) -> None:
         self.live = rows
         self.ends = ends
@@ -159,10 +164,9 @@ class OneEach:
         self.on_text = on_text
         self.done: dict[int, Finish] = {}
         sampling = ends.sampling
-        self.streams = row_streams([row.prompt for row in rows], sampling.seed) if sampling.temperature > 0 else None
         self.seen_BV: Tensor | None = None
         if sampling.repetition_penalty != 1.0:
-            self.seen_BV = torch.zeros(len(rows), vocab_size, dtype=torch.bool, device=device)
+            self.seen_BV = torch.zeros(len(rows), vocab_size, dtype=torch.bool)
             for number, row in enumerate(rows):
                 self.seen_BV[number, row.prompt] = True
         for row in rows:
@@ -173,16 +177,15 @@ class OneEach:
         sampling = self.ends.sampling
         scores_BV = logits_BV
         if self.seen_BV is not None:
+            self.seen_BV = self.seen_BV.to(scores_BV.device)
             scores_BV = penalize_repetition(scores_BV, self.seen_BV, sampling.repetition_penalty)
         short = [number for number, row in enumerate(self.live) if len(row.ids) < sampling.min_new_tokens]
         if short and self.ends.eos_ids:
             scores_BV = scores_BV.clone()
             for id in self.ends.eos_ids:
                 scores_BV[short, id] = float("-inf")
-        if self.streams is None:
-            chosen_B = scores_BV.argmax(-1)
-        else:
-            chosen_B = draw(warp(scores_BV, sampling), [self.streams[row.index].random() for row in self.live])
+        chances = [row.chance.random() for row in self.live if row.chance is not None]
+        chosen_B = draw(warp(scores_BV, sampling), chances) if chances else scores_BV.argmax(-1)
         if self.seen_BV is not None:
             self.seen_BV.scatter_(1, chosen_B[:, None], True)
         if self.logprobs:
@@ -228,19 +231,16 @@ class OneEach:
         if text and self.on_text is not None:
             self.on_text(row.index, text)
 
-    def results(self, rows: list[Row]) -> list[Generated]:
-        """The answers, in the order of the prompts."""
-        return [
-            Generated(
-                ids=row.ids,
-                text=row.watch.text if row.watch is not None else None,
-                finish=self.done[row.index],
-                prompt_tokens=len(row.prompt),
-                dropped_prompt_tokens=row.dropped,
-                logprobs=row.logprobs if self.logprobs else None,
-            )
-            for row in rows
-        ]
+    def result(self, row: Row) -> Generated:
+        """The answer of a row that is done."""
+        return Generated(
+            ids=row.ids,
+            text=row.watch.text if row.watch is not None else None,
+            finish=self.done[row.index],
+            prompt_tokens=len(row.prompt),
+            dropped_prompt_tokens=row.dropped,
+            logprobs=row.logprobs if self.logprobs else None,
+        )
 
 
 def fit(
@@ -290,6 +290,7 @@ def generate(
     shorten: Literal["left"] | None = None,
     logprobs: bool = False,
     on_text: Callable[[int, str], None] | None = None,
+    batch_rows: int = BATCH_ROWS,
 ) -> list[Generated]:
     """Go on from each prompt (token ids); one answer for each, whatever its neighbours are.
 
@@ -309,26 +310,38 @@ def generate(
         raise ConfigError("beam search has no text to stream before its end", fix="leave out streaming, or num_beams")
     if (sources is not None) != isinstance(model, EncoderDecoder):
         raise ConfigError("sources belong to an encoder-decoder, and it cannot do without them")
-    if not prompts:
-        return []
     rows = fit(prompts, sampling, cfg.context_tokens, shorten)
     ends = Ends(tuple(cfg.eos_ids if eos_ids is None else eos_ids), sampling, decoder)
-    reader = Reader(transformer, [row.prompt for row in rows], _capacity(rows))
+    if sampling.temperature > 0:
+        for row, chance in zip(rows, row_streams([row.prompt for row in rows], sampling.seed), strict=True):
+            row.chance = chance
+    answers: dict[int, Generated] = {}
+    # Rows of like length stand together: less padding.
+    ordered = sorted(rows, key=lambda row: -len(row.prompt))
+    for start in range(0, len(ordered), batch_rows):
+        group = ordered[start : start + batch_rows]
+        strategy = OneEach(group, ends, cfg.vocab_size, logprobs=logprobs, on_text=on_text)
+        _run(model, group, strategy, [sources[row.index] for row in group] if sources is not None else None)
+        answers.update({row.index: strategy.result(row) for row in group})
+    return [answers[row.index] for row in rows]
+
+
+def _run(
+    model: Transformer | EncoderDecoder, rows: list[Row], strategy: Strategy, sources: Sequence[Sequence[int]] | None
+) -> None:
+    """Read the rows' prompts, then choose and read until the strategy has enough."""
+    # Rows are aligned at the end of their prompts.
+    capacity = max(len(row.prompt) for row in rows) + max(row.room for row in rows) - 1
+    transformer = model.decoder if isinstance(model, EncoderDecoder) else model
+    reader = Reader(transformer, [row.prompt for row in rows], capacity)
     memory_BSD = memory_document_BS = None
     if isinstance(model, EncoderDecoder):
-        assert sources is not None and len(sources) == len(prompts), "one source for each prompt"
+        assert sources is not None, "an encoder-decoder has a source for each prompt"
         source_BS, memory_document_BS = _pad_sources(sources, reader.device)
         memory_BSD = model.encode(source_BS, memory_document_BS)
-    strategy = OneEach(rows, ends, cfg.vocab_size, logprobs=logprobs, on_text=on_text, device=reader.device)
     logits_BV = reader.prefill(memory_BSD, memory_document_BS)
     while (move := strategy.advance(logits_BV)) is not None:
         logits_BV = reader.step(move)
-    return strategy.results(rows)
-
-
-def _capacity(rows: list[Row]) -> int:
-    """Slots the cache needs: rows are aligned at the end of their prompts."""
-    return max(len(row.prompt) for row in rows) + max(row.room for row in rows) - 1
 
 
 def _pad_sources(sources: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -24,27 +24,34 @@ _TOP_P_FIRST_TRY_TOKENS = 256
 class Sampling(Settings):
     """How to go on from a prompt. The default is greedy: the likeliest token each time, nothing drawn."""
 
-    max_new_tokens: int = Field(128, ge=1, description="the most tokens to add to a prompt")
-    min_new_tokens: int = Field(0, ge=0, description="the end token is out of reach until so many are there")
-    temperature: float = Field(0.0, ge=0, description="scores are divided by it before drawing; 0 = greedy")
-    top_k: int | None = Field(None, ge=1, description="draw among the k likeliest; absent = all")
+    max_new_tokens: int = Field(default=128, ge=1, description="the most tokens to add to a prompt")
+    min_new_tokens: int = Field(default=0, ge=0, description="the end token is out of reach until so many are there")
+    temperature: float = Field(default=0.0, ge=0, description="scores are divided by it before drawing; 0 = greedy")
+    top_k: int | None = Field(default=None, ge=1, description="draw among the k likeliest; absent = all")
     top_p: float | None = Field(
-        None, gt=0, le=1, description="draw among the likeliest that together reach this probability; absent = all"
+        default=None,
+        gt=0,
+        le=1,
+        description="draw among the likeliest that together reach this probability; absent = all",
     )
     min_p: float | None = Field(
-        None, gt=0, le=1, description="draw among those at least this fraction of the likeliest's probability"
+        default=None, gt=0, le=1, description="draw among those at least this fraction of the likeliest's probability"
     )
     repetition_penalty: float = Field(
-        1.0, gt=0, description="scores of tokens that occurred are divided (if negative, multiplied) by it; 1 = off"
+        default=1.0,
+        gt=0,
+        description="scores of tokens that occurred are divided (if negative, multiplied) by it; 1 = off",
     )
-    stop: tuple[str, ...] = Field((), description="texts that end the answer; they are not part of it")
-    seed: int = Field(0, ge=0, description="the seed of what is drawn; greedy and beams draw nothing")
-    num_beams: int = Field(1, ge=1, description="sequences kept side by side (beam search); 1 = off")
+    stop: tuple[str, ...] = Field(default=(), description="texts that end the answer; they are not part of it")
+    seed: int = Field(default=0, ge=0, description="the seed of what is drawn; greedy and beams draw nothing")
+    num_beams: int = Field(default=1, ge=1, description="sequences kept side by side (beam search); 1 = off")
     length_penalty: float = Field(
-        1.0, description="beams are ranked by summed log probability / length ** this; above 0 favours long ones"
+        default=1.0,
+        description="beams are ranked by summed log probability / length ** this; above 0 favours long ones",
     )
     early_stopping: bool = Field(
-        False, description="beam search ends once num_beams answers are complete, though a better one may follow"
+        default=False,
+        description="beam search ends once num_beams answers are complete, though a better one may follow",
     )
 
     @field_validator("stop", mode="before")

@@ -1,0 +1,258 @@
+"""A language model as a user meets it: the Transformer, its tokenizer, and what is known about them.
+
+Decides what a MODEL argument may be (`load`) and the verbs in Python. The loop is `decode.py`'s, the files
+`model/folder.py`'s and `model/gguf.py`'s, the templates `text/chat.py`'s.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ratoon.base.errors import ArtifactError, ConfigError, RatoonError
+from ratoon.base.settings import build
+from ratoon.generate.decode import Generated, generate
+from ratoon.generate.sample import Sampling
+from ratoon.generate.stopping import Decoder
+from ratoon.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from ratoon.text.tokenizer import Tokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class LanguageModel:
+    """A model with its tokenizer. Without one logits work, and verbs on text say what is missing."""
+
+    model: Transformer
+    tokenizer: Tokenizer | None = None
+    name: str = "model"
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def context_tokens(self) -> int:
+        """The most tokens the model can have before it at once."""
+        return self.model.cfg.context_tokens
+
+    @torch.no_grad()
+    def logits(self, ids_BT: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """Scores of the next token after each position: ids (B, T) int64 -> (B, T, V) float32."""
+        device = self.model.head_weight().device
+        ids_BT = torch.as_tensor(ids_BT, dtype=torch.int64, device=device)
+        if ids_BT.dim() != 2 or ids_BT.shape[1] == 0:
+            raise ConfigError(f"ids have the shape {tuple(ids_BT.shape)}", expected="(rows, tokens), tokens at least 1")
+        if ids_BT.shape[1] > self.context_tokens:
+            raise ConfigError(f"{ids_BT.shape[1]:,} tokens", expected=f"at most {self.context_tokens:,}, the context")
+        if ids_BT.numel() and not 0 <= int(ids_BT.min()) <= int(ids_BT.max()) < self.model.cfg.vocab_size:
+            raise ConfigError("an id is outside the vocabulary", expected=f"0 to {self.model.cfg.vocab_size - 1}")
+        return self.model.logits(self.model(ids_BT)).float()
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        sampling: Sampling | None = None,
+        *,
+        shorten: Literal["left"] | None = None,
+        logprobs: bool = False,
+        on_text: Callable[[int, str], None] | None = None,
+        **settings: Any,
+    ) -> list[Generated]:
+        """Go on from each prompt (texts, or token ids); one answer for each, in their order.
+
+        Settings are `Sampling`'s: `generate(["Once"], max_new_tokens=40, temperature=0.8, top_p=0.9)`. With
+        `on_text(number, text)` texts stream while they are made. Raises `ConfigError` for settings that are unknown
+        or impossible, `DataError` for an empty prompt or one longer than the context (see `shorten`).
+        """
+        sampling = self._sampling(sampling, settings)
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        ids = [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        return generate(
+            self.model,
+            ids,
+            sampling,
+            decoder=self._decoder if self.tokenizer is not None else None,
+            eos_ids=self.eos_ids,
+            shorten=shorten,
+            logprobs=logprobs,
+            on_text=on_text,
+        )
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, str]],
+        sampling: Sampling | None = None,
+        *,
+        shorten: Literal["left"] | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+        **settings: Any,
+    ) -> Generated:
+        """The assistant's answer to a conversation (`[{"role": "user", "content": "…"}, …]`), rendered by the model's
+        own template. Raises `ArtifactError` where there is none; otherwise as `generate`."""
+        from ratoon.text.chat import render
+
+        tokenizer = self._need_tokenizer("chat")
+        rendered = render(tokenizer, list(messages), add_generation_prompt=True)
+        return self.generate([rendered.ids], sampling, shorten=shorten, on_text=on_text, **settings)[0]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a prompt, begun as the model's tokenizer begins a text (bos, where it has the habit)."""
+        return self._need_tokenizer("reading text").encode(text, special=True)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: the model's, and the tokenizer's own end token."""
+        own = self.tokenizer.eos_id if self.tokenizer is not None else None
+        ids = dict.fromkeys(self.model.cfg.eos_ids)
+        if own is not None:
+            ids[own] = None
+        return tuple(ids)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write a Hugging Face folder with its manifest, the tokenizer too where there is one."""
+        from ratoon.model.folder import write_model
+
+        write_model(self.model, folder, tokenizer=self.tokenizer)
+        return Path(folder)
+
+    def _decoder(self) -> Decoder:
+        from ratoon.text.stream import StreamDecoder
+
+        return StreamDecoder(self._need_tokenizer("text"))
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ArtifactError(
+                f"{what} needs a tokenizer, and '{self.name}' has none",
+                where=self.facts.get("path"),
+                expected="tokenizer.json beside config.json",
+                fix="put the tokenizer's files into the folder; logits(ids) and prompts of ids work without",
+            )
+        return self.tokenizer
+
+    def _sampling(self, sampling: Sampling | None, settings: dict[str, Any]) -> Sampling:
+        if sampling is None:
+            return build(Sampling, settings, where="generate(…)")
+        if settings:
+            raise ConfigError(
+                f"both sampling= and {', '.join(sorted(settings))}", where="generate(…)", expected="one of the two"
+            )
+        return sampling
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> LanguageModel:
+    """The model called `name`: a folder, a GGUF file, a run of this place, or a name of the catalogue.
+
+    `dtype` absent: float32, which is exact; "bfloat16" halves the memory and, in decoding, the time. `device` absent:
+    a GPU if there is one. Raises `ArtifactError` naming every place that was looked at.
+    """
+    kind = _dtype(dtype)
+    device = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
+    path = locate(name)
+    if path.is_file():
+        lm = _load_gguf(path, kind)
+    else:
+        lm = _load_folder(path, kind)
+    lm.name = os.fspath(name)
+    lm.facts["path"] = str(path)
+    lm.model.to(device)
+    lm.model.requires_grad_(False)
+    return lm
+
+
+def locate(name: str | os.PathLike[str]) -> Path:
+    """The model folder or GGUF file that `name` means. Raises `ArtifactError` naming every place looked at."""
+    text = os.fspath(name)
+    path = Path(text)
+    tried = []
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return path
+        raise ArtifactError("the file is no GGUF file", where=path, expected="a model folder, or a file named *.gguf")
+    if path.is_dir():
+        for folder in (path, path / "model"):
+            if (folder / "config.json").is_file():
+                return folder
+        tried.append(f"the folder {path} holds neither config.json nor model/config.json")
+    else:
+        tried.append(f"no folder or file {path}")
+    for look in (_run_model, _catalogue_model):
+        found, said = look(text)
+        if found is not None:
+            return found
+        tried.append(said)
+    raise ArtifactError(
+        f"there is no model '{text}': " + "; ".join(tried),
+        where=text,
+        expected="a run's name, a model folder, a GGUF file, or a name of the catalogue",
+        fix="`ratoon runs` lists the runs, `ratoon pull` what can be fetched",
+    )
+
+
+def _run_model(name: str) -> tuple[Path | None, str]:
+    from ratoon.store.runs import Run
+
+    try:
+        run = Run.find(name)
+    except RatoonError as error:
+        return None, f"no run of that name (there are: {(error.expected or '').removeprefix('one of: ')})"
+    if (run.model / "config.json").is_file():
+        return run.model, ""
+    return None, f"the run '{run.name}' has not written its model yet"
+
+
+def _catalogue_model(name: str) -> tuple[Path | None, str]:
+    from ratoon.base.catalog import ENTRIES, home
+
+    entry = ENTRIES.get(name)
+    if entry is None or entry.kind != "model":
+        return None, "no model of that name in the catalogue"
+    folder = home() / name
+    if (folder / "config.json").is_file():
+        return folder, ""
+    for file in sorted(folder.glob("*.gguf")):
+        return file, ""
+    return None, f"the catalogue knows it, but it is not on this machine: `ratoon pull {name}` fetches it"
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> LanguageModel:
+    from ratoon.model.folder import read_model
+    from ratoon.text.tokenizer import Tokenizer
+
+    model = read_model(folder, dtype=dtype)
+    tokenizer = Tokenizer.load(folder) if any((folder / file).is_file() for file in TOKENIZER_FILES) else None
+    return LanguageModel(model, tokenizer)
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> LanguageModel:
+    from ratoon.model.gguf import read_gguf
+    from ratoon.text.tokenizer import Tokenizer
+
+    cfg, weights, metadata = read_gguf(path)
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    model.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
+    return LanguageModel(model, Tokenizer.from_gguf_metadata(metadata))
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ConfigError(f"'{dtype}' is no dtype for weights", expected=", ".join(DTYPES))
+    return found
