@@ -134,3 +134,81 @@ def test_a_batch_of_unequal_prompts_equals_single_ones(family: str) -> None:
     turned = generate(model, PROMPTS[::-1], Sampling(max_new_tokens=20))
     assert [row.ids for row in turned] == alone[::-1]
     assert len({tuple(ids) for ids in alone}) == len(alone)
+
+
+def exhaustive(model: Transformer, prompt: list[int], tokens: int, eos: int, penalty: float) -> tuple[list[int], float]:
+    """The best of all answers there are: everything that ends with `eos` or is `tokens` long."""
+    best: tuple[float, list[int]] = (float("-inf"), [])
+
+    @torch.no_grad()
+    def walk(ids: list[int], total: float) -> None:
+        nonlocal best
+        if ids and (ids[-1] == eos or len(ids) == tokens):
+            best = max(best, (total / len(ids) ** penalty, ids))
+            return
+        logprob_V = model.logits(model(torch.tensor([prompt + ids])))[0, -1].float().log_softmax(-1)
+        for id, logprob in enumerate(logprob_V.tolist()):
+            walk([*ids, id], total + logprob)
+
+    walk([], 0.0)
+    return best[1], best[0]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0, -0.5])
+def test_wide_beams_find_what_exhaustive_search_finds(penalty: float) -> None:
+    model = build(vocab_size=5, width=16, layers=2)
+    sampling = Sampling(max_new_tokens=4, num_beams=64, length_penalty=penalty)
+    for prompt in ([1], [2, 3], [4, 1, 1]):
+        found = generate(model, [prompt], sampling, eos_ids=[0])[0]
+        ids, rank = exhaustive(model, prompt, 4, 0, penalty)
+        assert found.ids == ids
+        assert found.score == pytest.approx(rank, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"length_penalty": 0.3}, {"early_stopping": True}, {"repetition_penalty": 1.4}]
+)
+def test_beams_equal_those_of_transformers(changes: dict[str, float | bool]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    eos_ids = tuple(range(3, 61, 9))
+    model = build(eos_ids=eos_ids)
+    peer = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=61,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=64,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=list(eos_ids),
+            pad_token_id=0,
+        )
+    ).eval()
+    names = {"attention.": "self_attn.", "mlp_norm": "post_attention_layernorm", "attention_norm": "input_layernorm"}
+    state = {}
+    for name, value in model.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        for part in "qkvo":
+            name = name.replace(f"self_attn.{part}.", f"self_attn.{part}_proj.")
+        for part in ("gate", "up", "down"):
+            name = name.replace(f"mlp.{part}.", f"mlp.{part}_proj.")
+        state["model." + name.replace("embed.", "embed_tokens.").replace("final_norm", "norm")] = value
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    peer.load_state_dict(state)
+    settings = {"early_stopping": "never", **changes}
+    ended = 0
+    for seed in range(12):
+        prompt = torch.randint(4, 61, (1, 3 + seed), generator=torch.Generator().manual_seed(seed))
+        theirs = peer.generate(
+            prompt, num_beams=4, max_new_tokens=14, do_sample=False, attention_mask=torch.ones_like(prompt), **settings
+        )[0, prompt.shape[1] :].tolist()
+        found = generate(model, [prompt[0].tolist()], Sampling(max_new_tokens=14, num_beams=4, **changes))[0]
+        assert found.ids == theirs
+        ended += found.finish == "eos"
+    assert 0 < ended < 12, "both kinds of ends should occur"

@@ -1,95 +1,30 @@
 """The one decoding loop: read the prompts, choose, read what was chosen, until every row is done.
 
 Decides batching, capacity and when a row ends. What is chosen is a strategy: `OneEach` (greedy and sampling) here,
-`Beams` in `beam.py`. Scores are changed in `sample.py`, text is watched in `stopping.py`.
+`Beams` in `beam.py`; what they share is in `rows.py`. Scores are changed in `sample.py`, text is watched in
+`stopping.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ratoon.base.errors import ConfigError, DataError
+from ratoon.base.errors import ConfigError
+from ratoon.generate.beam import Beams
+from ratoon.generate.rows import Ends, Finish, Generated, Move, Row, Strategy, fit
 from ratoon.generate.sample import Sampling, draw, penalize_repetition, row_streams, warp
-from ratoon.generate.stopping import Decoder, Watch
+from ratoon.generate.stopping import Decoder
 from ratoon.model.cache import Cache
 from ratoon.model.transformer import EncoderDecoder, Transformer
 
-Finish = Literal["eos", "stop", "length", "context"]
 BATCH_ROWS = 16
 """Prompts decoded side by side."""
 PREFILL_TOKENS = 512
 """Prompt tokens read at once: enough to fill the matrix product, few enough that scores stay small in memory."""
-
-
-@dataclass
-class Generated:
-    """One answer. `ids` are all generated tokens, the end token or those of a stop text included; `text` (None
-    without a tokenizer) leaves both out. `finish`: why it ended; "context" means that the model's context was full.
-    `logprobs`: log probability of each token under the model itself, before temperature and cuts (nats).
-    `dropped_prompt_tokens`: how many were cut from the prompt's left, which happens on request only.
-    """
-
-    ids: list[int]
-    text: str | None
-    finish: Finish
-    prompt_tokens: int
-    dropped_prompt_tokens: int = 0
-    logprobs: list[float] | None = None
-    score: float | None = None
-
-    def __str__(self) -> str:
-        return self.text if self.text is not None else " ".join(map(str, self.ids))
-
-
-@dataclass
-class Row:
-    """A prompt and what came of it so far. `room`: the most tokens that may be added."""
-
-    index: int
-    prompt: list[int]
-    room: int
-    full: Finish
-    dropped: int = 0
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    watch: Watch | None = None
-    chance: np.random.Generator | None = None
-
-
-@dataclass(frozen=True)
-class Move:
-    """What is read next: a token for each row of the cache, after its rows became copies of the former `rows`
-    (None: they stay as they are)."""
-
-    ids: list[int]
-    rows: list[int] | None
-
-
-class Strategy(Protocol):
-    """Chooses from the scores of the cache's rows; None ends the loop."""
-
-    def advance(self, logits_BV: Tensor) -> Move | None: ...
-
-    def result(self, row: Row) -> Generated: ...
-
-
-@dataclass(frozen=True)
-class Ends:
-    """What ends an answer, and how its text is made."""
-
-    eos_ids: tuple[int, ...]
-    sampling: Sampling
-    decoder: Callable[[], Decoder] | None
-
-    def watch(self) -> Watch | None:
-        """A new text to watch, where there is a tokenizer."""
-        return Watch(self.decoder(), self.sampling.stop) if self.decoder is not None else None
 
 
 class Reader:
@@ -243,41 +178,6 @@ class OneEach:
         )
 
 
-def fit(
-    prompts: Sequence[Sequence[int]], sampling: Sampling, context_tokens: int, shorten: Literal["left"] | None
-) -> list[Row]:
-    """Prompts as rows that fit the context. Raises `DataError` for an empty prompt and for one longer than the
-    context, unless `shorten="left"`: then the last tokens are kept that leave room for `max_new_tokens`, or half the
-    context if that is more, and the row counts what was dropped.
-    """
-    rows = []
-    for index, prompt in enumerate(prompts):
-        kept = list(prompt)
-        if not kept:
-            raise DataError(
-                "the prompt is empty: there is nothing to go on from",
-                where=f"prompt {index}",
-                expected="at least one token",
-                fix="give a text, or the model's first token (bos)",
-            )
-        dropped = 0
-        if len(kept) > context_tokens:
-            if shorten is None:
-                raise DataError(
-                    f"the prompt has {len(kept):,} tokens",
-                    where=f"prompt {index}",
-                    expected=f"at most {context_tokens:,}, the model's context",
-                    fix='shorten it, or keep only its end with shorten="left" (--shorten left)',
-                )
-            keep = max(context_tokens - sampling.max_new_tokens + 1, (context_tokens + 1) // 2)
-            dropped = len(kept) - keep
-            kept = kept[dropped:]
-        left = context_tokens - len(kept) + 1  # the last token is never read, so it needs no place
-        full: Finish = "length" if sampling.max_new_tokens <= left else "context"
-        rows.append(Row(index, kept, min(sampling.max_new_tokens, left), full, dropped))
-    return rows
-
-
 @torch.no_grad()
 def generate(
     model: Transformer | EncoderDecoder,
@@ -320,7 +220,11 @@ def generate(
     ordered = sorted(rows, key=lambda row: -len(row.prompt))
     for start in range(0, len(ordered), batch_rows):
         group = ordered[start : start + batch_rows]
-        strategy = OneEach(group, ends, cfg.vocab_size, logprobs=logprobs, on_text=on_text)
+        strategy: Strategy
+        if sampling.num_beams > 1:
+            strategy = Beams(group, ends, logprobs=logprobs)
+        else:
+            strategy = OneEach(group, ends, cfg.vocab_size, logprobs=logprobs, on_text=on_text)
         _run(model, group, strategy, [sources[row.index] for row in group] if sources is not None else None)
         answers.update({row.index: strategy.result(row) for row in group})
     return [answers[row.index] for row in rows]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ratoon.base.errors import ArtifactError, ConfigError, RatoonError
 from ratoon.base.settings import build
-from ratoon.generate.decode import Generated, generate
+from ratoon.generate.decode import generate
+from ratoon.generate.rows import Generated
 from ratoon.generate.sample import Sampling
 from ratoon.generate.stopping import Decoder
 from ratoon.model.transformer import Transformer
