@@ -1,0 +1,151 @@
+"""Losses, summed: what the loop adds up over a step and divides once.
+
+An objective is `(model, inputs) -> (summed loss, summed weight)`. The cross entropy never holds the scores of all
+tokens at once: it takes them in chunks and computes their gradient in the same pass (the loss is a sum, so the
+gradient that comes from above is a scalar known to be the same for all).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ratoon.data.batch import Batch
+from ratoon.model.transformer import Transformer, balance_loss
+
+CHUNK_NUMBERS = 1 << 24
+"""Scores held at once (64 MiB as float32): small enough to matter, large enough to keep the matrix product busy."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A `Batch` on the model's device. `document_BT` and `position_BT` are None where plain causal rows make them
+    say nothing."""
+
+    ids_BT: Tensor
+    targets_BT: Tensor
+    weight_BT: Tensor
+    document_BT: Tensor | None
+    position_BT: Tensor | None
+    rows: tuple[str, ...]
+    extra: dict[str, Any]
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> Inputs:
+        """Move a batch to `device`."""
+        plain = batch.one_document_rows and bool((batch.position_BT[:, 0] == 0).all())
+        return cls(
+            ids_BT=torch.from_numpy(batch.ids_BT).to(device),
+            targets_BT=torch.from_numpy(batch.targets_BT).to(device),
+            weight_BT=torch.from_numpy(batch.weight_BT).to(device),
+            document_BT=None if plain else torch.from_numpy(batch.document_BT).to(device),
+            position_BT=None if plain else torch.from_numpy(batch.position_BT).to(device),
+            rows=batch.rows,
+            extra=batch.extra,
+        )
+
+
+def next_token(model: Transformer, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Σ w·(-log p(target)) over the positions, and Σ w; with experts, their load-balancing loss is added.
+
+    Each row's balance loss counts as much as the row has learned weight, so that accumulated micro-batches give the
+    same sum as one batch.
+    """
+    routers: list[Tensor] | None = [] if model.cfg.moe is not None else None
+    hidden_BTD = model(inputs.ids_BT, inputs.position_BT, inputs.document_BT, routers=routers)
+    loss = cross_entropy(model, hidden_BTD, inputs.targets_BT, inputs.weight_BT)
+    if routers and model.cfg.moe is not None and model.cfg.moe.balance_weight:
+        keep_BT = None if inputs.document_BT is None else inputs.document_BT >= 0
+        row_weight_B = inputs.weight_BT.sum(1)
+        for router_BTE in routers:
+            per_row_B = balance_loss(router_BTE, model.cfg.moe.experts_per_token, keep_BT)
+            loss = loss + model.cfg.moe.balance_weight / len(routers) * (per_row_B * row_weight_B).sum()
+    return loss, inputs.weight_BT.sum()
+
+
+def cross_entropy(model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor, weight_BT: Tensor) -> Tensor:
+    """Σ w·(-log softmax(head · hidden)[target]) as a float32 scalar. Positions of weight 0 cost nothing."""
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    targets_N, weight_N = targets_BT.reshape(-1), weight_BT.reshape(-1)
+    learned = int(torch.count_nonzero(weight_N))
+    if learned < weight_N.numel() * 0.9:  # prompts, padding: their scores are not needed at all
+        index = weight_N.nonzero()[:, 0]
+        hidden_ND, targets_N, weight_N = hidden_ND[index], targets_N[index], weight_N[index]
+    else:
+        targets_N = targets_N.where(weight_N != 0, 0)
+    head_VD = model.head_weight()
+    if torch.is_autocast_enabled(hidden_ND.device.type):
+        low = torch.get_autocast_dtype(hidden_ND.device.type)
+        hidden_ND, head_VD = hidden_ND.to(low), head_VD.to(low)
+    bias_V = None if model.head is None else model.head.bias
+    total: Tensor = _CrossEntropy.apply(hidden_ND, head_VD, bias_V, targets_N, weight_N, model.cfg.logit_softcap)
+    return total
+
+
+@torch.no_grad()
+def token_losses(model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    """-log p(target) of each position (B, T) float32, without holding all scores at once."""
+    hidden_ND, targets_N = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1)
+    rows = max(1, CHUNK_NUMBERS // model.cfg.vocab_size)
+    parts = [
+        F.cross_entropy(model.logits(h).float(), t, reduction="none")
+        for h, t in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
+    ]
+    return torch.cat(parts).view(targets_BT.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Chunked cross entropy; the gradient is made where the scores are, and only scaled in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        weight_N: Tensor,
+        softcap: float | None,
+    ) -> Tensor:
+        N, V = hidden_ND.shape[0], head_VD.shape[0]
+        needs = [hidden_ND.requires_grad, head_VD.requires_grad, bias_V is not None and bias_V.requires_grad]
+        wide = torch.float32 if hidden_ND.dtype == torch.float16 else hidden_ND.dtype
+        d_hidden = torch.empty(hidden_ND.shape, dtype=wide, device=hidden_ND.device) if needs[0] else None
+        d_head = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device) if needs[1] else None
+        d_bias = torch.zeros(V, dtype=torch.float32, device=head_VD.device) if needs[2] else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        rows = max(1, CHUNK_NUMBERS // V)
+        for start in range(0, N, rows):
+            part = slice(start, min(start + rows, N))
+            h_ND, t_N1, w_N1 = hidden_ND[part], targets_N[part, None], weight_N[part, None]
+            raw_NV = F.linear(h_ND, head_VD, bias_V).float()
+            scores_NV = raw_NV if softcap is None else softcap * torch.tanh(raw_NV / softcap)
+            log_NV = torch.log_softmax(scores_NV, dim=-1)
+            total -= (log_NV.gather(1, t_N1) * w_N1).sum()
+            if not any(needs):
+                continue
+            d_NV = log_NV.exp_().scatter_add_(1, t_N1, torch.full_like(t_N1, -1, dtype=torch.float32)).mul_(w_N1)
+            if softcap is not None:
+                d_NV = d_NV * (1 - (scores_NV / softcap) ** 2)
+            if d_bias is not None:
+                d_bias += d_NV.sum(0)
+            d_low_NV = d_NV.to(wide)
+            if d_hidden is not None:
+                torch.mm(d_low_NV, head_VD.to(wide), out=d_hidden[part])
+            if d_head is not None:
+                d_head += torch.mm(d_low_NV.t(), h_ND.to(wide))
+        ctx.save_for_backward(d_hidden, d_head, d_bias)
+        ctx.dtypes = hidden_ND.dtype, head_VD.dtype, None if bias_V is None else bias_V.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [
+            None if d is None else (d * upstream[0]).to(dtype)
+            for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*gradients, None, None, None)

@@ -1,0 +1,148 @@
+"""Optimizers over flat weights: AdamW, and Muon for hidden matrices with AdamW for the rest.
+
+Decides which parameter is moved by what. The learning rate of the moment comes from `schedule.py`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ratoon.model.transformer import Embedding, Experts, Linear
+from ratoon.train.settings import TrainSettings
+from ratoon.train.weights import FlatWeights
+
+MATRIX, DECAYED, PLAIN = "matrix", "decayed", "plain"
+
+
+def group_parameters(model: nn.Module, settings: TrainSettings) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Trainable parameters by how they are moved.
+
+    `matrix`: hidden matrices (Muon); `decayed`: other matrices and embeddings (AdamW with weight decay); `plain`:
+    gains and biases (AdamW without).
+    """
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {MATRIX: [], DECAYED: [], PLAIN: []}
+    owner = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        module = owner[id(parameter)]
+        hidden = parameter.ndim >= 2 and (isinstance(module, Linear) or isinstance(module, Experts))
+        if hidden and not name.endswith("head.weight") and "router" not in name and settings.optimizer == "muon":
+            groups[MATRIX].append((name, parameter))
+        elif parameter.ndim >= 2 or isinstance(module, Embedding):
+            groups[DECAYED].append((name, parameter))
+        else:
+            groups[PLAIN].append((name, parameter))
+    return groups
+
+
+class Optimizer:
+    """Moves the master of `FlatWeights` by the step's summed gradient."""
+
+    def __init__(self, weights: FlatWeights, settings: TrainSettings) -> None:
+        self.weights = weights
+        self.settings = settings
+        self.step_number = torch.zeros((), dtype=torch.float32)
+        self.mean: dict[str, Tensor] = {}
+        self.square: dict[str, Tensor] = {}
+        for group in (DECAYED, PLAIN):
+            start, stop = weights.bounds[group]
+            self.mean[group] = torch.zeros_like(weights.master[start:stop])
+            self.square[group] = torch.zeros_like(weights.master[start:stop])
+        start, stop = weights.bounds[MATRIX]
+        self.momentum = torch.zeros_like(weights.master[start:stop])
+        # Matrices of one shape are orthogonalized together; experts are stacks of matrices already.
+        self.by_shape: dict[tuple[int, int], list[str]] = defaultdict(list)
+        for name, slot in weights.slots.items():
+            if start <= slot.start < stop:
+                self.by_shape[(slot.shape[-2], slot.shape[-1])].append(name)
+
+    @torch.no_grad()
+    def step(self, share: float) -> None:
+        """One update; `share` is the schedule's share of the peak learning rates."""
+        settings, weights = self.settings, self.weights
+        self.step_number += 1
+        for group in (DECAYED, PLAIN):
+            start, stop = weights.bounds[group]
+            if start == stop:
+                continue
+            fused = {"grad_scale": None, "found_inf": None}
+            torch._fused_adamw_(
+                [weights.master[start:stop]],
+                [weights.summed[start:stop]],
+                [self.mean[group]],
+                [self.square[group]],
+                [],
+                [self.step_number.to(weights.master.device)],
+                lr=settings.learning_rate * share,
+                beta1=settings.beta1,
+                beta2=settings.beta2,
+                weight_decay=settings.weight_decay if group == DECAYED else 0.0,
+                eps=settings.epsilon,
+                amsgrad=False,
+                maximize=False,
+                **fused,
+            )
+        if self.by_shape:
+            self._muon(share)
+        weights.publish()
+
+    def _muon(self, share: float) -> None:
+        settings, weights = self.settings, self.weights
+        start, stop = weights.bounds[MATRIX]
+        gradient = weights.summed[start:stop]
+        self.momentum.lerp_(gradient, 1 - settings.momentum)
+        direction = gradient.lerp(self.momentum, settings.momentum)  # Nesterov
+        rate = settings.matrix_learning_rate * share
+        weights.master[start:stop] *= 1 - rate * settings.weight_decay
+        for (rows, columns), names in self.by_shape.items():
+            stack = torch.cat(
+                [
+                    direction[weights.slots[name].start - start : weights.slots[name].stop - start].view(
+                        -1, rows, columns
+                    )
+                    for name in names
+                ]
+            )
+            update = orthogonalize(stack).float() * max(1.0, rows / columns) ** 0.5
+            offset = 0
+            for name in names:
+                target = weights.view(weights.master, name).view(-1, rows, columns)
+                target.sub_(update[offset : offset + len(target)], alpha=rate)
+                offset += len(target)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that decides the next updates, by name."""
+        return {
+            "step_number": self.step_number,
+            "momentum": self.momentum,
+            **{f"mean.{group}": value for group, value in self.mean.items()},
+            **{f"square.{group}": value for group, value in self.square.items()},
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave."""
+        for name, value in self.state().items():
+            value.copy_(state[name])
+
+
+def orthogonalize(stack: Tensor, iterations: int = 5) -> Tensor:
+    """Each matrix (…, rows, columns) -> about U Vᵀ of its singular value decomposition, in bfloat16.
+
+    Newton-Schulz in the quintic form with Muon's coefficients (Jordan et al. 2024): singular values end between about
+    0.7 and 1.2.
+    """
+    x = stack.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
+    return x.mT if tall else x

@@ -1,0 +1,88 @@
+"""Trained weights as flat buffers: what the model computes with, and the float32 master the optimizer moves.
+
+All trained parameters lie side by side in one buffer (each parameter is a view of it), and so do their gradients.
+Scaling, clipping, summing over processes, the optimizer's update and the cast back are then a handful of
+operations on long vectors, whatever the number of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter lies in the flat buffers."""
+
+    name: str
+    start: int
+    shape: torch.Size
+
+    @property
+    def stop(self) -> int:
+        """One after its last number."""
+        return self.start + self.shape.numel()
+
+
+class FlatWeights:
+    """Parameters of some groups, in the groups' order.
+
+    `work` holds what the model computes with (`dtype`), `gradient` its gradient (same type), `master` the float32
+    values the optimizer moves (the same memory as `work` where that is float32), `summed` the float32 gradient of a
+    whole step.
+    """
+
+    def __init__(self, groups: dict[str, Iterable[tuple[str, nn.Parameter]]], dtype: torch.dtype) -> None:
+        self.slots: dict[str, Slot] = {}
+        self.bounds: dict[str, tuple[int, int]] = {}
+        found: list[nn.Parameter] = []
+        offset = 0
+        for group, members in groups.items():
+            start = offset
+            for name, parameter in members:
+                self.slots[name] = Slot(name, offset, parameter.shape)
+                found.append(parameter)
+                offset += parameter.numel()
+            self.bounds[group] = (start, offset)
+        device = found[0].device if found else torch.device("cpu")
+        self.master = torch.empty(offset, dtype=torch.float32, device=device)
+        for parameter, slot in zip(found, self.slots.values(), strict=True):
+            self.master[slot.start : slot.stop] = parameter.detach().flatten().float()
+        separate = dtype != torch.float32
+        self.work = self.master.to(dtype) if separate else self.master
+        self.gradient = torch.zeros_like(self.work)
+        self.summed = torch.zeros_like(self.master) if separate else self.gradient
+        for parameter, slot in zip(found, self.slots.values(), strict=True):
+            parameter.data = self.work[slot.start : slot.stop].view(slot.shape)
+            parameter.grad = self.gradient[slot.start : slot.stop].view(slot.shape)
+        self.parameters = found
+
+    def collect(self) -> None:
+        """Add the gradient of a micro-batch to the step's sum, in float32."""
+        if self.summed is not self.gradient:
+            self.summed += self.gradient
+            self.gradient.zero_()
+
+    def clear(self) -> None:
+        """Forget the step's gradient."""
+        self.summed.zero_()
+        if self.gradient is not self.summed:
+            self.gradient.zero_()
+
+    def publish(self) -> None:
+        """Round the master into what the model computes with."""
+        if self.work is not self.master:
+            self.work.copy_(self.master)
+
+    def view(self, buffer: Tensor, name: str) -> Tensor:
+        """The part of a flat buffer that belongs to the parameter `name`, in its shape."""
+        slot = self.slots[name]
+        return buffer[slot.start : slot.stop].view(slot.shape)
+
+    def release(self) -> dict[str, Tensor]:
+        """The float32 value of each parameter by name (views of the master)."""
+        return {name: self.view(self.master, name) for name in self.slots}
