@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -94,16 +95,23 @@ _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.
 
 @contextmanager
 def storage_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an `OSError` of a full, read-only or failing disk into a `StorageError` naming `path`."""
+    """Turn the error of a full, read-only or failing disk, whoever raised it, into a `StorageError` naming `path`."""
     try:
         yield
-    except OSError as error:
-        # Libraries that write through their own runtime lose the number but keep the words.
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error)
-        if error.errno not in _STORAGE_ERRNOS and not full:
+    except RatoonError:
+        raise
+    except Exception as error:
+        # Libraries that write through their own runtime (safetensors, arrow) raise errors of their own class, with
+        # the system's number in the words.
+        words = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(words.group(1)) if words else None
+        full = number in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or "No space left" in str(error)
+        if number not in _STORAGE_ERRNOS and not full:
             raise
         raise StorageError(
-            "the disk is full" if full else f"the file could not be written: {error.strerror or error}",
+            "the disk is full"
+            if full
+            else f"the file could not be written: {getattr(error, 'strerror', None) or error}",
             where=path,
             expected="room for the whole file beside the old one",
             fix="free some space or choose another folder, then run the same command again (with --resume "

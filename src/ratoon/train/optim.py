@@ -30,7 +30,7 @@ def group_parameters(model: nn.Module, settings: TrainSettings) -> dict[str, lis
         if not parameter.requires_grad:
             continue
         module = owner[id(parameter)]
-        hidden = parameter.ndim >= 2 and (isinstance(module, Linear) or isinstance(module, Experts))
+        hidden = parameter.ndim >= 2 and isinstance(module, Linear | Experts)
         if hidden and not name.endswith("head.weight") and "router" not in name and settings.optimizer == "muon":
             groups[MATRIX].append((name, parameter))
         elif parameter.ndim >= 2 or isinstance(module, Embedding):

@@ -1,0 +1,169 @@
+"""Where training runs: device, precision, processes, and how many rows fit at once.
+
+Decides from the machine and the settings; says what it decided.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ratoon.base.errors import ConfigError
+from ratoon.model.config import ModelConfig
+from ratoon.train.settings import TrainSettings
+
+MEMORY_SHARE = 0.6
+"""Share of the free memory that a micro-batch may plan with: the rest is for what the estimate does not see."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device and a precision: `work` is the type of the weights the model computes with, `autocast` the lower one
+    used inside operations, if any."""
+
+    device: torch.device
+    precision: str
+    work: torch.dtype
+    autocast: torch.dtype | None
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """The context in which the forward pass runs."""
+        if self.autocast is None:
+            yield
+        else:
+            with torch.autocast(self.device.type, dtype=self.autocast):
+                yield
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively (AVX512-BF16 or AMX, or Arm's bf16)."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as handle:
+            flags = next((line for line in handle if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return False
+    return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def find_place(settings: TrainSettings) -> Place:
+    """The device there is (a GPU before the CPU) and the precision that `settings.precision` means on it."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    precision = settings.precision
+    if precision == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_fast_bf16()
+        precision = "bf16" if fast else "float32"
+    work = torch.bfloat16 if precision == "bf16" else torch.float32
+    low = {"autocast-bf16": torch.bfloat16, "autocast-fp16": torch.float16}.get(precision)
+    return Place(device, precision, work, low)
+
+
+class World:
+    """The processes that train together. Started by `torchrun`; one process alone is a world of one."""
+
+    def __init__(self) -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self._started_here = False
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            self._started_here = True
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Sum `tensor` over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def share(self, value: float) -> float:
+        """The first process's `value`, in every process."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64)
+        if torch.cuda.is_available():
+            tensor = tensor.cuda()
+        dist.broadcast(tensor, 0)
+        return float(tensor.item())
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the group, if it was joined here."""
+        if self._started_here and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had on `device`."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory in use by this process: resident on a CPU, peak allocated on a GPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
+
+
+def activation_bytes(cfg: ModelConfig, tokens: int, context_tokens: int, place: Place, recompute: bool) -> int:
+    """About how much a forward pass over `tokens` keeps for the backward pass; on the high side.
+
+    Per token and layer: the stream twice, the norms' outputs, q, k, v and what attention mixed, the MLP's insides,
+    and half a square of attention's probabilities where they are kept.
+    """
+    low = 2 if (place.autocast or place.work) in (torch.bfloat16, torch.float16) else 4
+    heads_width = (cfg.heads + 2 * cfg.kv) * cfg.channels
+    mlp = (3 if cfg.gated else 2) * cfg.mlp_width
+    if cfg.moe is not None:
+        mlp = 3 * cfg.moe.expert_width * cfg.moe.experts_per_token
+    inside = 6 * cfg.width + 3 * heads_width + 2 * mlp
+    flash = place.device.type != "cpu" or context_tokens > 1024
+    square = 0 if flash else cfg.heads * context_tokens * 3
+    layers = 1 if recompute else cfg.layers
+    kept = tokens * (layers * (inside + square) * low + cfg.layers * cfg.width * low)
+    return int(kept + tokens * cfg.width * 8)
+
+
+def fit_rows(cfg: ModelConfig, settings: TrainSettings, place: Place, rows: int, trained: int) -> int:
+    """Rows of a micro-batch that fit the free memory: `rows` halved (rounding up) until they do.
+
+    `trained`: parameters with a gradient. Raises `ConfigError` when not even one row fits.
+    """
+    if settings.micro_batch_rows is not None:
+        return min(rows, settings.micro_batch_rows)
+    budget = free_bytes(place.device) * MEMORY_SHARE
+    optimizer = trained * (20 if place.work != torch.float32 else 16)
+    micro = rows
+    while True:
+        tokens = micro * settings.context_tokens
+        need = optimizer + activation_bytes(cfg, tokens, settings.context_tokens, place, settings.recompute_blocks)
+        if need <= budget:
+            return micro
+        if micro == 1:
+            raise ConfigError(
+                f"one row of {settings.context_tokens} tokens needs about {need / 2**30:.1f} GiB",
+                where="train.context_tokens",
+                expected=f"at most {budget / 2**30:.1f} GiB ({MEMORY_SHARE:.0%} of what is free)",
+                fix="shorten context_tokens, choose a smaller model, or set recompute_blocks: true",
+            )
+        micro = (micro + 1) // 2
