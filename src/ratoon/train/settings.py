@@ -12,9 +12,11 @@ from ratoon.base.settings import Settings
 class TrainSettings(Settings):
     """How a model is trained. One step = one update of the weights, on `rows` rows of `context_tokens` tokens."""
 
-    steps: int | None = Field(None, ge=1, description="updates of the weights; absent: what `budget_minutes` allows")
+    steps: int | None = Field(None, ge=1, description="updates of the weights; or give `budget_minutes`")
     budget_minutes: float | None = Field(
-        None, gt=0, description="wall-clock minutes for training; with `steps` absent, the steps are derived from it"
+        None,
+        gt=0,
+        description="wall-clock minutes for training, in place of `steps`: the learning rate follows the clock",
     )
     rows: int = Field(32, ge=1, description="rows a step, over all micro-batches and processes")
     context_tokens: int = Field(256, ge=2, description="tokens a row")
@@ -62,6 +64,8 @@ class TrainSettings(Settings):
     def _fits(self) -> TrainSettings:
         if self.steps is None and self.budget_minutes is None:
             raise ValueError("give 'steps' or 'budget_minutes'")
+        if self.steps is not None and self.budget_minutes is not None:
+            raise ValueError("'steps' and 'budget_minutes' are both given: one of them decides when the run ends")
         if self.micro_batch_rows is not None and self.micro_batch_rows > self.rows:
             raise ValueError(f"micro_batch_rows {self.micro_batch_rows} is more than the {self.rows} rows of a step")
         if self.steps is not None and self.warmup_steps >= self.steps:

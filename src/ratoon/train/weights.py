@@ -7,7 +7,7 @@ operations on long vectors, whatever the number of parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ class FlatWeights:
     whole step.
     """
 
-    def __init__(self, groups: dict[str, Iterable[tuple[str, nn.Parameter]]], dtype: torch.dtype) -> None:
+    def __init__(self, groups: Mapping[str, Iterable[tuple[str, nn.Parameter]]], dtype: torch.dtype) -> None:
         self.slots: dict[str, Slot] = {}
         self.bounds: dict[str, tuple[int, int]] = {}
         found: list[nn.Parameter] = []
