@@ -15,12 +15,14 @@ from torch import Tensor
 
 from ratoon.base.errors import ConfigError
 from ratoon.generate.beam import Beams
+from ratoon.generate.native import MOST_ROWS, NativeStep, Unavailable
 from ratoon.generate.rows import Ends, Finish, Generated, Move, Row, Strategy, fit
-from ratoon.generate.sample import Sampling, draw, penalize_repetition, row_streams, warp
+from ratoon.generate.sample import Sampling, draw, likeliest, penalize_repetition, row_streams, warp
 from ratoon.generate.stopping import Decoder
 from ratoon.model.cache import Cache
 from ratoon.model.transformer import EncoderDecoder, Transformer
 
+Kernel = Literal["auto", "native", "torch"]
 BATCH_ROWS = 16
 """Prompts decoded side by side."""
 PREFILL_TOKENS = 512
@@ -30,31 +32,36 @@ PREFILL_TOKENS = 512
 class Reader:
     """The model's side of the loop: reads prompts and tokens through a cache, gives the last token's scores."""
 
-    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], capacity: int) -> None:
+    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], capacity: int, kernel: Kernel) -> None:
         self.model = model
         self.prompts = prompts
         weight = model.head_weight()
         self.device = weight.device
         self.cache = Cache(model.cfg, len(prompts), capacity, dtype=weight.dtype, device=self.device)
-        self.next_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        longest = max(len(prompt) for prompt in prompts)
+        self.padding = [longest - len(prompt) for prompt in prompts]
+        self.position = [len(prompt) for prompt in prompts]
         self.memory_document_BS: Tensor | None = None
+        self.native: NativeStep | None = None
+        if kernel != "torch":
+            try:
+                self.native = NativeStep(model, self.cache)
+            except Unavailable as error:
+                if kernel == "native":
+                    raise ConfigError(f"kernel='native' cannot be had: {error}", fix="leave kernel at 'auto'") from None
 
     def prefill(self, memory_BSD: Tensor | None = None, memory_document_BS: Tensor | None = None) -> Tensor:
         """Read all prompts, padded on the left where they are unequal; scores (B, V) after their last tokens."""
         self.memory_document_BS = memory_document_BS
-        longest = max(len(prompt) for prompt in self.prompts)
-        padding = [longest - len(prompt) for prompt in self.prompts]
-        ids_BT = torch.tensor(
-            [[0] * pad + list(prompt) for pad, prompt in zip(padding, self.prompts, strict=True)], device=self.device
-        )
+        rows = [[0] * pad + list(prompt) for pad, prompt in zip(self.padding, self.prompts, strict=True)]
+        ids_BT = torch.tensor(rows, device=self.device)
         position_BT = document_BT = None
-        if any(padding):
-            slot_BT = (
-                torch.arange(longest, device=self.device)[None] - torch.tensor(padding, device=self.device)[:, None]
-            )
+        if any(self.padding):
+            padding_B1 = torch.tensor(self.padding, device=self.device)[:, None]
+            slot_BT = torch.arange(ids_BT.shape[1], device=self.device)[None] - padding_B1
             position_BT = slot_BT.clamp(min=0)
             document_BT = torch.where(slot_BT < 0, -1, 0).to(torch.int32)
-        for start in range(0, longest, PREFILL_TOKENS):
+        for start in range(0, ids_BT.shape[1], PREFILL_TOKENS):
             part = slice(start, start + PREFILL_TOKENS)
             hidden_BTD = self.model(
                 ids_BT[:, part],
@@ -69,16 +76,23 @@ class Reader:
     def step(self, move: Move) -> Tensor:
         """Read one more token in each row; scores (B, V) after it."""
         if move.rows is not None:
-            rows = torch.tensor(move.rows, device=self.device)
-            self.cache.reorder(rows)
-            self.next_B = self.next_B.index_select(0, rows)
-            if self.memory_document_BS is not None:
-                self.memory_document_BS = self.memory_document_BS.index_select(0, rows)
+            self._reorder(move.rows)
+        position = self.position
+        self.position = [place + 1 for place in position]
+        if self.native is not None and len(move.ids) <= MOST_ROWS:
+            return self.native(move.ids, position, self.padding)
         ids_B1 = torch.tensor(move.ids, device=self.device)[:, None]
-        position_B1 = self.next_B[:, None] if self.cache.padded else None
+        position_B1 = torch.tensor(position, device=self.device)[:, None] if self.cache.padded else None
         hidden_B1D = self.model(ids_B1, position_B1, None, self.cache, memory_document_BS=self.memory_document_BS)
-        self.next_B = self.next_B + 1
         return self.model.logits(hidden_B1D[:, -1])
+
+    def _reorder(self, rows: list[int]) -> None:
+        index = torch.tensor(rows, device=self.device)
+        self.cache.reorder(index)
+        self.position = [self.position[row] for row in rows]
+        self.padding = [self.padding[row] for row in rows]
+        if self.memory_document_BS is not None:
+            self.memory_document_BS = self.memory_document_BS.index_select(0, index)
 
 
 class OneEach:
@@ -120,7 +134,7 @@ class OneEach:
             for id in self.ends.eos_ids:
                 scores_BV[short, id] = float("-inf")
         chances = [row.chance.random() for row in self.live if row.chance is not None]
-        chosen_B = draw(warp(scores_BV, sampling), chances) if chances else scores_BV.argmax(-1)
+        chosen_B = draw(warp(scores_BV, sampling), chances) if chances else likeliest(scores_BV)
         if self.seen_BV is not None:
             self.seen_BV.scatter_(1, chosen_B[:, None], True)
         if self.logprobs:
@@ -191,13 +205,15 @@ def generate(
     logprobs: bool = False,
     on_text: Callable[[int, str], None] | None = None,
     batch_rows: int = BATCH_ROWS,
+    kernel: Kernel = "auto",
 ) -> list[Generated]:
     """Go on from each prompt (token ids); one answer for each, whatever its neighbours are.
 
     `decoder` makes a new stream decoder (text and stop texts need one). `eos_ids`: the model's own if absent.
     `sources`: an encoder-decoder's source ids, one for each prompt. `on_text(prompt number, new text)` is called as
-    text comes: whole characters, never a part of a stop text. Raises `ConfigError` for settings that cannot be met
-    here, `DataError` for a prompt that does not fit (see `fit`).
+    text comes: whole characters, never a part of a stop text. `kernel`: single tokens are read by the C step where it
+    can be had ("auto"), always ("native", or an error), or never ("torch"). Raises `ConfigError` for
+    settings that cannot be met here, `DataError` for a prompt that does not fit (see `fit`).
     """
     sampling = sampling or Sampling()
     transformer = model.decoder if isinstance(model, EncoderDecoder) else model
@@ -225,19 +241,23 @@ def generate(
             strategy = Beams(group, ends, logprobs=logprobs)
         else:
             strategy = OneEach(group, ends, cfg.vocab_size, logprobs=logprobs, on_text=on_text)
-        _run(model, group, strategy, [sources[row.index] for row in group] if sources is not None else None)
+        _run(model, group, strategy, [sources[row.index] for row in group] if sources is not None else None, kernel)
         answers.update({row.index: strategy.result(row) for row in group})
     return [answers[row.index] for row in rows]
 
 
 def _run(
-    model: Transformer | EncoderDecoder, rows: list[Row], strategy: Strategy, sources: Sequence[Sequence[int]] | None
+    model: Transformer | EncoderDecoder,
+    rows: list[Row],
+    strategy: Strategy,
+    sources: Sequence[Sequence[int]] | None,
+    kernel: Kernel,
 ) -> None:
     """Read the rows' prompts, then choose and read until the strategy has enough."""
     # Rows are aligned at the end of their prompts.
     capacity = max(len(row.prompt) for row in rows) + max(row.room for row in rows) - 1
     transformer = model.decoder if isinstance(model, EncoderDecoder) else model
-    reader = Reader(transformer, [row.prompt for row in rows], capacity)
+    reader = Reader(transformer, [row.prompt for row in rows], capacity, kernel)
     memory_BSD = memory_document_BS = None
     if isinstance(model, EncoderDecoder):
         assert sources is not None, "an encoder-decoder has a source for each prompt"
