@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers, processors
 from tokenizers import Tokenizer as Core
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -73,7 +73,14 @@ class Tokenizer:
             show_progress=False,
         )
         core.train_from_iterator(texts, trainer=trainer)
-        return cls(core, {"eos_token": special_tokens[0] if special_tokens else None})
+        if not special_tokens:
+            return cls(core)
+        begin = special_tokens[0]
+        # A prompt begins as a document does in training; Transformers reads the same rule from the file.
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, core.token_to_id(begin))]
+        )
+        return cls(core, {"bos_token": begin, "eos_token": begin, "pad_token": begin})
 
     @classmethod
     def bytes_only(cls) -> Tokenizer:
@@ -151,6 +158,14 @@ class Tokenizer:
         """Id of the padding token, if there is one."""
         return self._special_id("pad_token")
 
+    @cached_property
+    def separator_id(self) -> int | None:
+        """Id of the token that stands before each document in training; None where the tokenizer has none."""
+        for found in (self.token_id(END), self.bos_id, self.eos_id):
+            if found is not None:
+                return found
+        return None
+
     @property
     def chat_template(self) -> str | None:
         """The Jinja template that turns messages into text, if there is one."""
@@ -176,6 +191,15 @@ class Tokenizer:
         """Ids of `text`. With `special`, spellings of special tokens in it become those tokens; without, they are
         text like any other."""
         return self.encode_batch([text], special=special)[0]
+
+    def encode_prompt(self, text: str, special: bool = False) -> list[int]:
+        """Ids of `text` with what the tokenizer puts around a text of its own (a begin token, for most)."""
+        self.core.encode_special_tokens = not special
+        try:
+            ids: list[int] = self.core.encode(text, add_special_tokens=True).ids
+        finally:
+            self.core.encode_special_tokens = True
+        return ids
 
     def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Ids of many texts, on all cores."""
