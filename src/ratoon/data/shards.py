@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +37,10 @@ class ShardWriter:
         self.largest = -1
         self._files = 0
         self._in_file = shard_tokens
-        self._tokens = None
-        self._names = open(self.folder / "names.txt", "w", encoding="utf-8")
+        self._tokens: IO[bytes] | None = None
+        self._names = open(  # noqa: SIM115 - closed in `close`
+            self.folder / "names.txt", "w", encoding="utf-8"
+        )
 
     def add(self, ids: Sequence[int], text_bytes: int, name: str) -> None:
         """One document. Raises `DataError` for an id outside the vocabulary, `StorageError` when the disk refuses."""
@@ -62,7 +65,7 @@ class ShardWriter:
     def _next_file(self) -> None:
         if self._tokens is not None:
             self._tokens.close()
-        self._tokens = open(self.folder / f"tokens-{self._files:05d}.bin", "wb")
+        self._tokens = open(self.folder / f"tokens-{self._files:05d}.bin", "wb")  # noqa: SIM115
         self._files, self._in_file = self._files + 1, 0
 
     def close(self, tokenizer: Parent, separator_id: int | None) -> Manifest:

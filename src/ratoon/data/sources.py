@@ -74,7 +74,9 @@ def find_files(paths: Iterable[str | os.PathLike[str]], ledger: Ledger) -> list[
         else:
             found.append(given)
     if not found:
-        raise DataError("no readable file was found", where=", ".join(map(str, paths)), expected=", ".join(sorted(KNOWN)))
+        raise DataError(
+            "no readable file was found", where=", ".join(map(str, paths)), expected=", ".join(sorted(KNOWN))
+        )
     return found
 
 
@@ -117,9 +119,9 @@ def _open(path: Path) -> IO[bytes]:
             raise ConfigError(
                 "reading .zst needs the package zstandard", where=path, fix='pip install "ratoon[data]"'
             ) from None
-        stream: IO[bytes] = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"))
+        stream: IO[bytes] = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"))  # noqa: SIM115
         return stream
-    return open(path, "rb")
+    return open(path, "rb")  # noqa: SIM115
 
 
 def _decode(raw: bytes, path: Path, encoding: str, line: int | None = None) -> str:
@@ -128,7 +130,7 @@ def _decode(raw: bytes, path: Path, encoding: str, line: int | None = None) -> s
     except UnicodeDecodeError as error:
         at = line if line is not None else raw[: error.start].count(b"\n") + 1
         raise DataError(
-            f"not {encoding}: byte 0x{raw[error.start]:02x} at byte {error.start}{'' if line is None else ' of the line'}",
+            f"not {encoding}: byte 0x{raw[error.start]:02x} at byte {error.start} of the {'file' if line is None else 'line'}",
             where=f"{path}:{at}",
             expected=f"text encoded as {encoding}",
             fix="say --encoding NAME (for example gb18030 or latin-1), or save the file as UTF-8",
@@ -155,10 +157,15 @@ def _plain(path: Path, reading: Reading) -> Iterator[Document]:
         line += part.count("\n") + separator.count("\n")
 
 
+def _buffered(handle: Any) -> Iterable[bytes]:
+    """`handle` as lines: zstandard's reader has none of its own."""
+    return handle if hasattr(handle, "readline") else io.BufferedReader(handle)
+
+
 def _lines(path: Path, reading: Reading) -> Iterator[tuple[int, str]]:
     try:
         with _open(path) as handle:
-            for number, raw in enumerate(io.BufferedReader(handle) if path.suffix == ".zst" else handle, start=1):  # type: ignore[arg-type]
+            for number, raw in enumerate(_buffered(handle), start=1):
                 yield number, _decode(raw, path, reading.encoding, number)
     except (EOFError, gzip.BadGzipFile) as error:
         raise DataError(f"the packed file is cut or damaged: {error}", where=path, fix="fetch it again") from None
@@ -208,9 +215,7 @@ def _json(path: Path, reading: Reading, ledger: Ledger) -> Iterator[Document]:
         yield from _field(row, path, number, len(json.dumps(row, ensure_ascii=False).encode()), reading, ledger)
 
 
-def _field(
-    row: Any, path: Path, number: int, size: int, reading: Reading, ledger: Ledger
-) -> Iterator[Document]:
+def _field(row: Any, path: Path, number: int, size: int, reading: Reading, ledger: Ledger) -> Iterator[Document]:
     where = f"{path}:{number}"
     if isinstance(row, str):
         yield _document(row, path, number)
@@ -221,7 +226,7 @@ def _field(
         problem = DataError(
             f"the row has no text under '{name}'" if name else "the row has no field that is known to hold the text",
             where=where,
-            expected=f"a text under one of: {', '.join(TEXT_FIELDS)}; the row has: {', '.join(keys) or type(row).__name__}",
+            expected=f"one of: {', '.join(TEXT_FIELDS)}; the row has: {', '.join(keys) or type(row).__name__}",
             fix="name the field with --field, or say --on-bad-row skip to leave such rows out, counted",
         )
         _bad(reading, ledger, "missing field", where, size, problem)
