@@ -109,7 +109,7 @@ class Run:
         """The records of `metrics.jsonl` in order."""
         if not self.metrics_path.is_file():
             return
-        with open(self.metrics_path, encoding="utf-8") as handle:
+        with open(self.metrics_path, encoding="utf-8", errors="replace") as handle:
             for line in handle:
                 try:
                     yield json.loads(line)
@@ -118,10 +118,14 @@ class Run:
 
     def rewind_metrics(self, step: int) -> int:
         """Drop the records after `step` (a resumed run writes them again); returns how many were dropped."""
+        if not self.metrics_path.is_file():
+            return 0
         records = list(self.read_metrics())
         kept = [record for record in records if record.get("step", 0) <= step]
-        if len(kept) != len(records):
-            write_text(self.metrics_path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        # A line that a crash cut has no end: the next record would be glued to it and lost.
+        if text != self.metrics_path.read_text(encoding="utf-8", errors="replace"):
+            write_text(self.metrics_path, text)
         return len(records) - len(kept)
 
     def sweep(self) -> list[str]:

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ratoon.base.errors import ArtifactError
-from ratoon.store.artifact import Parent, read_manifest, seal
-from ratoon.store.atomic import atomic_folder, write_json, write_text
+from ratoon.base.errors import ArtifactError, storage_errors
+from ratoon.store.artifact import MANIFEST, Parent, read_manifest, seal
+from ratoon.store.atomic import atomic_folder, sweep, write_json, write_text
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
@@ -63,34 +63,66 @@ def pointed(root: Path, name: str) -> Path | None:
     if not pointer.is_file():
         return None
     words = pointer.read_text(encoding="utf-8").split()
-    return root / words[0] if words and (root / words[0] / "ratoon.json").is_file() else None
+    return root / words[0] if words and (root / words[0] / MANIFEST).is_file() else None
 
 
 def complete(root: Path) -> list[Path]:
-    """Whole checkpoints below `root`, oldest first: those whose manifest was written."""
-    return sorted(path.parent for path in root.glob("step-*/ratoon.json"))
+    """Checkpoints below `root` whose manifest was written, oldest first."""
+    return sorted(path.parent for path in root.glob(f"step-*/{MANIFEST}"))
 
 
 def retain(root: Path, keep: int) -> None:
-    """Remove all but the `keep` latest checkpoints and the best one."""
+    """Remove all but the `keep` latest checkpoints and the best one, and what an interrupted removal left."""
     best = pointed(root, "best")
-    for folder in complete(root)[:-keep]:
-        if folder != best:
+    kept = {*complete(root)[-keep:], best}
+    for folder in root.glob("step-*"):
+        if folder not in kept:
+            # The manifest goes first: a folder that is half removed is no checkpoint.
+            (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def load_latest(root: Path) -> tuple[Path, dict[str, Tensor], dict[str, Tensor], dict[str, Any]] | None:
-    """The latest whole checkpoint's folder, weights, optimizer state and state; None where there is none.
+def mend(root: Path) -> tuple[Path | None, list[str]]:
+    """Make the latest whole checkpoint the latest; returns it (None: none was ever written) and a sentence for each
+    thing done.
 
-    Raises `ArtifactError` when its files do not hash to what its manifest says.
+    Half-written folders are removed. A checkpoint whose files do not hash to what its manifest says is set aside under
+    the name `torn-…`. Raises `ArtifactError` when there are checkpoints and none is whole.
     """
-    folders = complete(root)
-    if not folders:
-        return None
-    folder = folders[-1]
-    read_manifest(folder, "checkpoint", check="hash")
+    done = sweep(root)
+    torn: list[ArtifactError] = []
+    for folder in reversed(complete(root)):
+        try:
+            read_manifest(folder, "checkpoint", check="hash")
+        except ArtifactError as error:
+            torn.append(error)
+            continue
+        for reason, broken in zip(torn, reversed(complete(root)), strict=False):
+            with storage_errors(broken):
+                aside = broken.with_name(f"torn-{broken.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                broken.rename(aside)
+            done.append(
+                f"the checkpoint {broken.name} is torn ({reason.found}: {reason.where}); it is set aside as "
+                f"{aside.name}, and {folder.name} is used"
+            )
+        if pointed(root, "last") != folder:
+            write_text(root / "last", folder.name + "\n")
+        return folder, done
+    if torn:
+        raise ArtifactError(
+            f"none of the {len(torn)} checkpoints is whole; the latest: {torn[0].found}",
+            where=torn[0].where,
+            expected=torn[0].expected,
+            fix="put the file back from a copy, or start the run again under another name",
+        )
+    return None, done
+
+
+def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Weights, optimizer state and state of a checkpoint that `mend` found whole."""
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return folder, load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER), state
+    return load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER), state
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

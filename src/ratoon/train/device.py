@@ -6,6 +6,7 @@ Decides from the machine and the settings; says what it decided.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ratoon.base.errors import ConfigError
+from ratoon.base.errors import ConfigError, RatoonError
 from ratoon.model.config import ModelConfig
 from ratoon.train.settings import TrainSettings
 
 MEMORY_SHARE = 0.6
 """Share of the free memory that a micro-batch may plan with: the rest is for what the estimate does not see."""
+
+PATIENCE_HOURS = 12
+"""How long processes wait for the first one while it evaluates and saves; a process that ended is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class World:
         self.rank = int(os.environ.get("RANK", "0"))
         self._started_here = False
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=PATIENCE_HOURS))
             self._started_here = True
 
     @property
@@ -85,10 +90,23 @@ class World:
         """Whether this process writes files and talks."""
         return self.rank == 0
 
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Something all processes do at once; fails clearly in those that are left when another one ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RatoonError(
+                "another process of this run ended",
+                where=f"process {self.rank} of {self.size}",
+                fix="its own message says why; then run the same command with --resume",
+            ) from error
+
     def add_up(self, tensor: Tensor) -> None:
         """Sum `tensor` over the processes, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with self._together():
+                dist.all_reduce(tensor)
 
     def share(self, value: float) -> float:
         """The first process's `value`, in every process."""
@@ -97,13 +115,24 @@ class World:
         tensor = torch.tensor([value], dtype=torch.float64)
         if torch.cuda.is_available():
             tensor = tensor.cuda()
-        dist.broadcast(tensor, 0)
+        with self._together():
+            dist.broadcast(tensor, 0)
         return float(tensor.item())
+
+    def gather(self, names: list[str]) -> list[str]:
+        """The names of all processes, in their order, in every process."""
+        if self.size == 1:
+            return names
+        found: list[list[str]] = [[] for _ in range(self.size)]
+        with self._together():
+            dist.all_gather_object(found, names)
+        return [name for part in found for name in part]
 
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:
-            dist.barrier()
+            with self._together():
+                dist.barrier()
 
     def close(self) -> None:
         """Leave the group, if it was joined here."""

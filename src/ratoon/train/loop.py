@@ -6,10 +6,12 @@ loader, what is learned from the objective, what an evaluation is from a callbac
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +36,15 @@ from ratoon.train.weights import FlatWeights
 Objective = Callable[[Transformer, Inputs], tuple[Tensor, Tensor]]
 Record = dict[str, Any]
 EVALUATIONS_A_RUN = 10
+LOWEST_SCALE = 2.0**-8
+"""float16: a gradient that is not finite at this loss scale is not the scale's fault."""
+
+LENGTH = {"steps", "budget_minutes"}
+FREE_ON_RESUME = LENGTH | {
+    "compile", "evaluate_every_steps", "evaluate_tokens", "sample_every_steps", "log_every_steps",
+    "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints", "micro_batch_rows",
+}  # fmt: skip
+"""Settings that may change when a run is resumed: they decide how long and what is told, not what is computed."""
 
 
 class BatchSource(Protocol):
@@ -59,12 +70,11 @@ class Hooks:
 
 @dataclass
 class Result:
-    """How a run ended: `stopped` is "done" or "asked"."""
+    """How a run ended; `last` holds the latest figures of training, and those of evaluation as `eval_…`."""
 
     steps: int
     tokens: int
     seconds: float
-    stopped: str
     last: Record = field(default_factory=dict)
     best_loss: float | None = None
     best_step: int | None = None
@@ -83,21 +93,38 @@ def train(
 ) -> Result:
     """Train `model` on the loader's batches as `settings` say; afterwards its parameters are the float32 masters.
 
-    With a `run`, checkpoints are written to it; `resume` goes on from its latest one, bit for bit as if nothing had
-    happened. Raises `NumericError` at the first loss or gradient that is not finite, before the weights move;
-    `KeyboardInterrupt` after saving when the user asked to stop; `StorageError` when the disk refuses.
+    With a `run`, checkpoints are written to it; `resume` goes on from its latest whole one, bit for bit as if nothing
+    had happened. Raises `NumericError` at the first loss or gradient that is not finite, before the weights move;
+    `KeyboardInterrupt` after saving when the user asked to stop; `StorageError` when the disk refuses; `ConfigError`
+    when the run holds checkpoints already and is not resumed.
     """
     world = World()
     try:
         session = _Session(model, loader, settings, run, objective, hooks or Hooks(), parents or [], world)
-        if resume:
-            session.resume()
-        with Wishes(run.folder if run is not None and world.first else None) as wishes:
-            result = session.go(wishes)
-        session.finish()
-        return result
+        try:
+            if resume:
+                session.resume()
+            elif run is not None:
+                session.expect_new()
+            with Wishes(run.folder if run is not None and world.first else None) as wishes:
+                return session.go(wishes)
+        finally:
+            session.finish()
     finally:
         world.close()
+
+
+def _every(steps: int | None, step: int) -> bool:
+    return steps is not None and step % steps == 0
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
+
+
+def _dropped(records: int) -> str:
+    return f"; {records} records of steps after it dropped" if records else ""
 
 
 class _Session:
@@ -146,6 +173,8 @@ class _Session:
         self.seconds_before = 0.0
         self.best_loss: float | None = None
         self.best_step: int | None = None
+        self.measured_at = self.written_at = self.tenth = -1  # steps last looked at, and saved; tenth last evaluated
+        self.skipped_steps = 0
         self.scale = 2.0**16 if self.place.autocast == torch.float16 else 1.0
         self.good_steps = 0
         self.began = time.perf_counter()
@@ -154,6 +183,8 @@ class _Session:
         if world.first:
             hooks.talk(f"{self.place.device}, {self.place.precision}; {allocator}")
             hooks.talk(compile_model(model, settings))
+            for sentence in settings.without_effect():
+                hooks.talk(sentence)
             parts = math.ceil(rows / self.micro_rows)
             hooks.talk(f"{settings.rows} rows a step in {parts * world.size} micro-batches of {self.micro_rows}")
         else:
@@ -161,8 +192,9 @@ class _Session:
 
     # -- one step ------------------------------------------------------------------------------------------------
 
-    def update(self, batch: Batch) -> tuple[float, float, float]:
-        """One update of the weights; returns loss per unit of weight, gradient norm, learned positions.
+    def update(self, batch: Batch, learning_share: float) -> tuple[float, float, float]:
+        """One update of the weights at that share of the peak learning rates; returns loss per unit of weight,
+        gradient norm, learned positions.
 
         Loss and weight are summed over micro-batches and processes and divided once.
         """
@@ -182,6 +214,7 @@ class _Session:
         if not math.isfinite(loss_sum):
             raise self._not_finite("loss", loss_sum, batch)
         if weight_sum <= 0:
+            self.weights.clear()
             raise NumericError(
                 "no position of the step is learned: every weight is 0",
                 where=f"step {self.step}, rows {', '.join(batch.rows[:4]) or 'unnamed'}",
@@ -191,15 +224,17 @@ class _Session:
         self.weights.summed *= 1.0 / (weight_sum * self.scale)
         norm = float(torch.linalg.vector_norm(self.weights.summed))
         if not math.isfinite(norm):
-            if self.place.autocast == torch.float16:  # expected with float16: the scale was too high; try lower
-                self.scale, self.good_steps = self.scale / 2, 0
-                self.weights.clear()
-                return loss_sum / weight_sum, norm, positions
-            raise self._not_finite("gradient norm", norm, batch)
+            if self.place.autocast != torch.float16 or self.scale <= LOWEST_SCALE:
+                raise self._not_finite("gradient norm", norm, batch)
+            # Expected with float16: the scale was too high for this step. It is left out, and a lower one tried.
+            self.scale, self.good_steps = self.scale / 2, 0
+            self.skipped_steps += 1
+            self.weights.clear()
+            return loss_sum / weight_sum, norm, positions
         clip = self.settings.clip_norm
         if clip is not None and norm > clip:
             self.weights.summed *= clip / norm
-        self.optimizer.step(share(self.step, self.progress(), self.settings))
+        self.optimizer.step(learning_share)
         self.weights.clear()
         if self.place.autocast == torch.float16:
             self.good_steps += 1
@@ -208,17 +243,22 @@ class _Session:
         return loss_sum / weight_sum, norm, positions
 
     def _not_finite(self, what: str, value: float, batch: Batch) -> NumericError:
-        """The error for a non-finite number, naming the rows that alone give one."""
-        self.weights.clear()
+        """The error for a non-finite number, naming the rows of any process that alone give one."""
+        here = "" if self.world.size == 1 else f"process {self.world.rank} "
+        names = batch.rows or tuple(f"{here}row {index}" for index in range(len(batch.ids_BT)))
         guilty = []
-        names = batch.rows or tuple(f"row {index}" for index in range(len(batch.ids_BT)))
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"):
             for name, row in zip(names, batch.split(len(batch.ids_BT)), strict=True):
+                self.weights.clear()
                 with self.place.computing():
                     loss, _ = self.objective(self.model, Inputs.of(row, self.place.device))
-                if not math.isfinite(float(loss)):
+                if loss.requires_grad:
+                    loss.backward()  # type: ignore[no-untyped-call]
+                if not (loss.isfinite() and self.weights.gradient.isfinite().all()):
                     guilty.append(name)
-        rows = ", ".join(guilty[:8]) if guilty else f"none alone; the step held {', '.join(names[:8])}"
+        self.weights.clear()
+        guilty, everything = self.world.gather(guilty), self.world.gather(list(names))
+        rows = _some(guilty) if guilty else f"none alone; the step held {_some(everything)}"
         return NumericError(
             f"the {what} became {value} at step {self.step}; the weights were not touched",
             where=f"rows: {rows}",
@@ -240,15 +280,19 @@ class _Session:
         return self.seconds_before + time.perf_counter() - self.began
 
     def go(self, wishes: Wishes) -> Result:
-        """Steps until the end, or until a wish to stop."""
+        """Steps until the end, or until a wish to stop.
+
+        Whatever is recorded of a step is recorded before its checkpoint is written: a run that goes on from there has
+        nothing to write twice and nothing missing.
+        """
         settings = self.settings
-        stopped = "done"
-        if self.step == 0:
-            self.measure()
-        window_began, window_tokens, evaluated = time.perf_counter(), 0, int(self.progress() * EVALUATIONS_A_RUN)
+        window_began, window_tokens = time.perf_counter(), 0
         while (progress := self.progress()) < 1:
+            paused = time.perf_counter()
+            self.between(progress, wishes)
+            window_began += time.perf_counter() - paused
             learning_share = share(self.step, progress, settings)
-            loss, norm, positions = self.update(self.loader.batch(self.step))
+            loss, norm, positions = self.update(self.loader.batch(self.step), learning_share)
             self.step += 1
             self.tokens += int(positions)
             window_tokens += int(positions)
@@ -258,33 +302,37 @@ class _Session:
                     "train",
                     loss=loss,
                     learning_rate=settings.learning_rate * learning_share,
-                    grad_norm=norm,
+                    grad_norm=norm if math.isfinite(norm) else None,
                     tokens_per_second=window_tokens / (now - window_began),
                     memory_bytes=memory_bytes(self.place.device),
                     progress=progress,
+                    **({"skipped_steps": self.skipped_steps} if self.skipped_steps else {}),
                 )
                 window_began, window_tokens = now, 0
-            tenth = int(self.progress() * EVALUATIONS_A_RUN)
-            due = (
-                self.step % settings.evaluate_every_steps == 0
-                if settings.evaluate_every_steps is not None
-                else tenth > evaluated and self.progress() < 1
-            )
-            if due:
-                evaluated, paused = tenth, time.perf_counter()
-                self.measure()
-                window_began += time.perf_counter() - paused
-            if self.world.share(float(wishes.stop)):
-                stopped = "asked"
-                break
-            if self.world.share(float(wishes.take_save())) or self._save_due():
-                self.save()
-        if stopped == "done" and self.last.get("eval_step") != self.step:
-            self.measure()
+        self._stop_if_asked(wishes)
+        if self.measured_at != self.step:
+            self.measure(evaluate=True, sample=True)
         self.save()
-        if stopped == "asked":
+        return Result(self.step, self.tokens, self.seconds(), dict(self.last), self.best_loss, self.best_step)
+
+    def between(self, progress: float, wishes: Wishes) -> None:
+        """What is due before the next step: stopping, evaluating, sampling, saving."""
+        self._stop_if_asked(wishes)
+        if self.measured_at != self.step:
+            evaluate, tenth = _every(self.settings.evaluate_every_steps, self.step), int(progress * EVALUATIONS_A_RUN)
+            if self.settings.evaluate_every_steps is None:
+                evaluate = tenth > self.tenth
+            self.tenth = tenth
+            self.measure(
+                evaluate=evaluate, sample=self.step == 0 or _every(self.settings.sample_every_steps, self.step)
+            )
+        if self.world.share(float(wishes.take_save())) or self._save_due():
+            self.save()
+
+    def _stop_if_asked(self, wishes: Wishes) -> None:
+        if self.world.share(float(wishes.stop)):
+            self.save()
             raise KeyboardInterrupt
-        return Result(self.step, self.tokens, self.seconds(), stopped, dict(self.last), self.best_loss, self.best_step)
 
     def record(self, kind: str, **facts: Any) -> None:
         """Hand a record to the log, from the first process only."""
@@ -294,29 +342,27 @@ class _Session:
         if kind == "train":
             self.last.update(facts)
 
-    def measure(self) -> None:
-        """Evaluate on held-out text and write samples; remember the best."""
-        settings, model = self.settings, self.model
-        first, last = self.step == 0, self.progress() >= 1
-        every = settings.sample_every_steps
-        sampling = first or last or (every is not None and self.step % every == 0)
+    def measure(self, *, evaluate: bool, sample: bool) -> None:
+        """Evaluate on held-out text, write samples; a model that is the best so far is saved and marked."""
+        self.measured_at = self.step
+        if not (evaluate or sample):
+            return
         if self.world.first:
-            model.eval()
+            self.model.eval()
             with torch.no_grad(), torch.compiler.set_stance("eager_on_recompile"):
-                if self.hooks.evaluate is not None:
-                    found = self.hooks.evaluate(self.step, model)
+                found = self.hooks.evaluate(self.step, self.model) if evaluate and self.hooks.evaluate else {}
+                if found:
                     self.record("eval", **found)
-                    self.last.update({f"eval_{key}": value for key, value in found.items()}, eval_step=self.step)
-                    loss = found.get("loss")
-                    if loss is not None and self.step and (self.best_loss is None or loss < self.best_loss):
-                        self.best_loss, self.best_step = float(loss), self.step
-                        if self.run is not None:
-                            self.save()
-                            checkpoint.mark_best(self.run.checkpoints, self.step, self.best_loss)
-                if self.hooks.sample is not None and sampling:
-                    for sample in self.hooks.sample(self.step, model):
-                        self.record("sample", **sample)
-            model.train()
+                    self.last.update({f"eval_{key}": value for key, value in found.items()})
+                for text in self.hooks.sample(self.step, self.model) if sample and self.hooks.sample else []:
+                    self.record("sample", **text)
+            self.model.train()
+            loss = float(found.get("loss", math.nan))
+            if self.step and (loss < self.best_loss if self.best_loss is not None else math.isfinite(loss)):
+                self.best_loss, self.best_step = loss, self.step
+                self.save()
+                if self.run is not None:
+                    checkpoint.mark_best(self.run.checkpoints, self.step, loss)
         self.world.wait()
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -324,16 +370,21 @@ class _Session:
     def _save_due(self) -> bool:
         settings = self.settings
         if settings.checkpoint_every_steps is not None:
-            return self.step % settings.checkpoint_every_steps == 0
+            return self.step > 0 and _every(settings.checkpoint_every_steps, self.step)
         late = time.perf_counter() - self.saved_at > 60 * settings.checkpoint_every_minutes
         return bool(self.world.share(float(late)))
 
     def save(self) -> None:
-        """Write the checkpoint of this step, from the first process, unless it stands already."""
-        if self.run is None or not self.world.first:
+        """Write the checkpoint of this step, from the first process, unless it was written already."""
+        if self.run is None or not self.world.first or self.written_at == self.step:
             return
-        if checkpoint.pointed(self.run.checkpoints, "last") == self.run.checkpoints / checkpoint.folder_name(self.step):
-            return
+        if not bool(torch.linalg.vector_norm(self.weights.master).isfinite()):
+            raise NumericError(
+                f"the weights are not finite after step {self.step - 1}; they are not saved",
+                where=self.run.checkpoints,
+                expected="finite weights; every checkpoint there is older and whole",
+                fix="lower the learning rate or lengthen warmup_steps, then --resume",
+            )
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -341,6 +392,10 @@ class _Session:
             "micro_rows": self.micro_rows,
             "precision": self.place.precision,
             "world": self.world.size,
+            "measured_at": self.measured_at,
+            "tenth": self.tenth,
+            "last": self.last,
+            "skipped_steps": self.skipped_steps,
             "scale": self.scale,
             "good_steps": self.good_steps,
             "best_loss": self.best_loss,
@@ -357,66 +412,95 @@ class _Session:
             parents=self.parents,
             keep=self.settings.keep_checkpoints,
         )
-        self.saved_at = time.perf_counter()
+        self.saved_at, self.written_at = time.perf_counter(), self.step
+
+    def expect_new(self) -> None:
+        """Refuse to write a new run over one that has checkpoints."""
+        assert self.run is not None
+        found = checkpoint.complete(self.run.checkpoints)
+        if found:
+            raise ConfigError(
+                f"the run has checkpoints already, the latest is {found[-1].name}",
+                where=self.run.checkpoints,
+                expected="a new run",
+                fix="add --resume to go on with it, or give the run another name",
+            )
+        self.world.wait()
 
     def resume(self) -> None:
-        """Take over the run's latest whole checkpoint.
+        """Take over the run's latest whole checkpoint; without one, start from the beginning.
 
-        Raises `ArtifactError` when there is none or it would go on with other data; `ConfigError` when a setting that
+        Raises `ArtifactError` when none is whole or it would go on with other data; `ConfigError` when a setting that
         decides the numbers changed.
         """
         assert self.run is not None, "resuming needs a run"
-        found = checkpoint.load_latest(self.run.checkpoints)
-        if found is None:
-            self.hooks.talk("no checkpoint was written yet: starting from the beginning")
+        root, talk = self.run.checkpoints, self._talk
+        if self.world.first:
+            for sentence in [*self.run.sweep(), *checkpoint.mend(root)[1]]:
+                talk(sentence)
+        self.world.wait()
+        folder = checkpoint.pointed(root, "last")
+        if folder is None:
+            dropped = self.run.rewind_metrics(-1) if self.world.first else 0
+            talk(f"no checkpoint was written yet: starting from the beginning{_dropped(dropped)}")
             return
-        folder, weights, optimizer, state = found
-        if state["loader"] != self.loader.state():
-            changed = sorted(
-                key
-                for key in {*state["loader"], *self.loader.state()}
-                if state["loader"].get(key) != self.loader.state().get(key)
-            )
-            raise ArtifactError(
-                f"the resumed run would see other data: {', '.join(changed)} changed",
-                where=folder,
-                expected=", ".join(f"{key}={state['loader'].get(key)!r}" for key in changed),
-                fix="resume with the data the run was started with, or start a new run with init: from this one",
-            )
-        self._expect_same(state, folder.name)
+        weights, optimizer, state = checkpoint.load(folder)
+        self._expect_same(state, folder)
         checkpoint.put_weights(self.weights.release(), weights, folder)
         self.weights.publish()
         self.optimizer.load_state(optimizer)
         self.step, self.tokens, self.seconds_before = state["step"], state["tokens"], state["seconds"]
-        self.scale, self.good_steps = state["scale"], state["good_steps"]
+        self.scale, self.good_steps, self.skipped_steps = state["scale"], state["good_steps"], state["skipped_steps"]
+        self.measured_at, self.tenth, self.last = state["measured_at"], state["tenth"], state["last"]
+        self.written_at = self.step
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
-        self.micro_rows = state["micro_rows"]
-        self.began = time.perf_counter()
         if self.world.first:
-            dropped = self.run.rewind_metrics(self.step)
-            self.hooks.talk(
-                f"going on from step {self.step}" + (f"; {dropped} later records dropped" if dropped else "")
-            )
+            self._point_best(root)
+            talk(f"going on from step {self.step}{_dropped(self.run.rewind_metrics(self.step))}")
+        self.began = self.saved_at = time.perf_counter()
 
-    def _expect_same(self, state: dict[str, Any], where: str) -> None:
-        free = {
-            "steps", "budget_minutes", "compile", "evaluate_every_steps", "evaluate_tokens", "sample_every_steps",
-            "log_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints",
-            "micro_batch_rows",
-        }  # fmt: skip
-        now, then = self.settings.model_dump(mode="json"), state["settings"]
-        for key in now.keys() - free:
+    def _talk(self, sentence: str) -> None:
+        if self.world.first:
+            self.hooks.talk(sentence)
+
+    def _point_best(self, root: Path) -> None:
+        """Let `best` point where the state says: a process may have died between saving and pointing."""
+        if self.best_loss is None or self.best_step is None:
+            return
+        folder = root / checkpoint.folder_name(self.best_step)
+        if folder not in checkpoint.complete(root):
+            self._talk(f"the best checkpoint, {folder.name}, is gone; the best is sought anew from here")
+            self.best_loss = self.best_step = None
+            (root / "best").unlink(missing_ok=True)
+        elif checkpoint.pointed(root, "best") != folder:
+            checkpoint.mark_best(root, self.best_step, self.best_loss)
+
+    def _expect_same(self, state: dict[str, Any], folder: Path) -> None:
+        """Refuse other data and other numbers; say what else is not as it was."""
+        then, now = state["loader"], json.loads(json.dumps(self.loader.state()))
+        changed = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
+        if changed:
+            raise ArtifactError(
+                f"the resumed run would see other data: {', '.join(changed)} changed",
+                where=folder,
+                expected=", ".join(f"{key}={then.get(key)!r}" for key in changed),
+                fix="resume with the data the run was started with, or start a new run with init: from this one",
+            )
+        then, now = state["settings"], self.settings.model_dump(mode="json")
+        for key in sorted(now.keys() - FREE_ON_RESUME):
             if now[key] != then.get(key):
                 raise ConfigError(
                     f"train.{key} is {now[key]!r}, but the run was started with {then.get(key)!r}",
-                    where=where,
+                    where=folder,
                     fix="resume with the recipe in the run's folder, or start a new run",
                 )
-        if state["precision"] != self.place.precision or state["world"] != self.world.size:
-            self.hooks.talk(
-                f"resumed as {self.place.precision} in {self.world.size} processes, saved as {state['precision']} in "
-                f"{state['world']}: the run goes on, but not bit for bit"
-            )
+        other = [f"{key} was {then[key]}, is {now[key]}" for key in sorted(LENGTH) if now[key] != then[key]]
+        if self.settings.micro_batch_rows is None:
+            self.micro_rows = state["micro_rows"]
+        kept = {"precision": self.place.precision, "world": self.world.size, "micro_rows": self.micro_rows}
+        other += [f"{key} was {state[key]}, is {value}" for key, value in kept.items() if state[key] != value]
+        if other:
+            self._talk(f"the run goes on, but not bit for bit as it would have: {'; '.join(other)}")
 
     def finish(self) -> None:
         """Give the model its float32 masters, and frozen parameters as they came."""

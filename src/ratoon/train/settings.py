@@ -71,3 +71,18 @@ class TrainSettings(Settings):
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} leaves nothing of {self.steps} steps")
         return self
+
+    def without_effect(self) -> list[str]:
+        """A sentence for each setting that was given and that nothing reads beside the others."""
+        unread: dict[str, tuple[bool, str]] = {
+            "matrix_learning_rate": (self.optimizer != "muon", f"optimizer: {self.optimizer}"),
+            "momentum": (self.optimizer != "muon", f"optimizer: {self.optimizer}"),
+            "decay_fraction": (self.schedule != "wsd", f"schedule: {self.schedule}"),
+            "final_fraction": (self.schedule == "constant", "schedule: constant"),
+            "checkpoint_every_minutes": (self.checkpoint_every_steps is not None, "checkpoint_every_steps"),
+        }
+        return [
+            f"train.{key} has no effect with {other}"
+            for key, (idle, other) in unread.items()
+            if idle and key in self.model_fields_set
+        ]
