@@ -1,0 +1,259 @@
+"""Hugging Face folders: config.json, safetensors and what stands beside them <-> a Transformer.
+
+Decides how weights reach the disk and come back, and that every tensor is accounted for. What the keys and names mean
+is decided in `families.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ratoon.base.errors import ArtifactError
+from ratoon.model.config import ModelConfig
+from ratoon.model.families import FAMILIES, Rule, check_expressible, config_from_folder, config_to_folder
+from ratoon.model.transformer import Transformer
+from ratoon.store.artifact import MANIFEST, Manifest, Parent, read_manifest, seal
+from ratoon.store.atomic import atomic_folder, write_json
+
+SHARD_BYTES = 5 << 30
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# Buffers that old checkpoints carry and nobody reads.
+_IGNORED_ENDS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+
+
+def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
+    """The settings in a folder's config.json."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ArtifactError(
+            "the folder has no config.json" if Path(folder).is_dir() else "there is no such folder",
+            where=folder,
+            expected="a Hugging Face model folder",
+        )
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"not readable as JSON: {error}", where=path) from None
+    return config_from_folder(theirs, str(path))
+
+
+def read_model(
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """The model in a Hugging Face folder, in evaluation mode.
+
+    Raises `ArtifactError` for an unsupported family, a missing, cut or mis-shaped weight, or one too many.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        read_manifest(folder)
+    cfg = read_config(folder)
+    model = empty_model(cfg)
+    put_state(model, _Reader(folder, cfg).state(model, dtype), folder, device)
+    return model
+
+
+def empty_model(cfg: ModelConfig) -> Transformer:
+    """A model whose parameters have shapes and no memory."""
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    return model.eval()
+
+
+def put_state(
+    model: Transformer, state: Mapping[str, Tensor], where: str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> None:
+    """Give an empty model its weights. Raises `ArtifactError` for names or shapes that do not fit."""
+    wanted = dict(model.named_parameters())
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or extra:
+        parts = [f"{len(missing)} missing (first: {missing[0]})"] if missing else []
+        parts += [f"{len(extra)} too many (first: {extra[0]})"] if extra else []
+        raise ArtifactError(f"the weights do not fit the settings: {', '.join(parts)}", where=where)
+    for name, parameter in wanted.items():
+        if state[name].shape != parameter.shape:
+            raise ArtifactError(
+                f"'{name}' has the shape {tuple(state[name].shape)}", where=where, expected=str(tuple(parameter.shape))
+            )
+    model.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+class _Reader:
+    """The safetensors of a folder as one table."""
+
+    def __init__(self, folder: Path, cfg: ModelConfig) -> None:
+        self.folder, self.cfg = folder, cfg
+        self.rules = FAMILIES[cfg.family].weights
+        self.file_of: dict[str, Path] = {}
+        index = folder / INDEX
+        if index.is_file():
+            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        elif (folder / WEIGHTS).is_file():
+            files = [folder / WEIGHTS]
+        else:
+            old = any(folder.glob("pytorch_model*.bin"))
+            raise ArtifactError(
+                "the weights are a pickle, which can run code when it is read" if old else "the folder has no weights",
+                where=folder,
+                expected=WEIGHTS,
+                fix="save the model with Transformers' save_pretrained, which writes safetensors" if old else None,
+            )
+        self.files: dict[Path, Any] = {}
+        for file in files:
+            if not file.is_file():
+                raise ArtifactError("a weights file of the index is missing", where=file)
+            try:
+                self.files[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ArtifactError(
+                    f"the weights cannot be read: {error}",
+                    where=file,
+                    expected="a whole safetensors file",
+                    fix="it is cut or damaged: fetch or make it again",
+                ) from None
+            for name in self.files[file].keys():  # noqa: SIM118 - no mapping
+                self.file_of[name] = file
+
+    def _take(self, name: str) -> Tensor:
+        found: Tensor = self.files[self.file_of[name]].get_tensor(name)
+        return found
+
+    def _find(self, name: str) -> str | None:
+        """`name`, or as it stands in files without or with the model's prefix."""
+        prefix = name.split(".")[0] + "."
+        bare = name.removeprefix(prefix)
+        return next((n for n in (name, bare, f"model.{name}", f"language_model.{name}") if n in self.file_of), None)
+
+    def state(self, model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Our names -> weights, each read once."""
+        wanted = dict(model.named_parameters())
+        state: dict[str, Tensor] = {}
+        used: set[str] = set()
+        for rule in self.rules:
+            for layer in range(self.cfg.layers) if "{i}" in rule.theirs else (0,):
+                ours = [name.format(i=layer) for name in rule.ours]
+                if ours[0] not in wanted:
+                    continue
+                found = self._experts(rule, layer, used) if "{e}" in rule.theirs else None
+                if found is None:
+                    name = self._find(rule.theirs.format(i=layer, e=0))
+                    if name is None or "{e}" in rule.theirs:
+                        continue  # told, with its name, by put_state
+                    used.add(name)
+                    found = self._take(name)
+                for mine, value in zip(ours, rule.split(found, self.cfg), strict=True):
+                    state[mine] = value.to(dtype).contiguous()
+        extra = sorted(n for n in self.file_of.keys() - used if not n.endswith(_IGNORED_ENDS))
+        if self.cfg.tied_embeddings:
+            extra = [name for name in extra if name not in ("lm_head.weight", "embed_out.weight")]
+        if extra:
+            raise ArtifactError(f"{len(extra)} weights are not known (first: {extra[0]})", where=self.folder)
+        return state
+
+    def _experts(self, rule: Rule, layer: int, used: set[str]) -> Tensor | None:
+        """The stacked weights (E, …) of a layer's experts, from one tensor each or from Transformers 5's stacks."""
+        assert self.cfg.moe is not None
+        names = [self._find(rule.theirs.format(i=layer, e=e)) for e in range(self.cfg.moe.experts)]
+        if all(name is not None for name in names):
+            used.update(name for name in names if name is not None)
+            return torch.stack([self._take(name) for name in names if name is not None])
+        base = rule.theirs.format(i=layer, e=0).split("experts.")[0] + "experts."
+        which = rule.ours[0].rsplit(".", 1)[-1]
+        name = self._find(base + ("down_proj" if which == "down" else "gate_up_proj"))
+        if name is None:
+            return None
+        used.add(name)
+        stacked = self._take(name)
+        width = self.cfg.moe.expert_width
+        return stacked if which == "down" else stacked[:, :width] if which == "gate" else stacked[:, width:]
+
+
+def to_family(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The weights under their Hugging Face names. Every parameter is named by exactly one rule."""
+    cfg = model.cfg
+    state = {name: value.detach() for name, value in model.named_parameters()}
+    theirs: dict[str, Tensor] = {}
+    for rule in FAMILIES[cfg.family].weights:
+        for layer in range(cfg.layers) if "{i}" in rule.theirs else (0,):
+            ours = [name.format(i=layer) for name in rule.ours]
+            if ours[0] not in state:
+                continue
+            values = [state.pop(name) for name in ours]
+            if "{e}" in rule.theirs:
+                for expert, value in enumerate(values[0]):
+                    theirs[rule.theirs.format(i=layer, e=expert)] = value
+            else:
+                theirs[rule.theirs.format(i=layer)] = rule.join(values, cfg)
+    assert not state, f"no rule of {cfg.family} names {sorted(state)[:3]}"
+    return {name: value.to(dtype or value.dtype).contiguous().cpu() for name, value in theirs.items()}
+
+
+def write_model(
+    model: Transformer,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    extra_files: Mapping[str, bytes | Path] | None = None,
+    parents: list[Parent] | None = None,
+    facts: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    replace: bool = False,
+) -> Manifest:
+    """Write the model as a Hugging Face folder with a manifest, whole or not at all.
+
+    `dtype` rounds the weights on the way. `extra_files` (tokenizer, template …) are put beside them. Raises
+    `ConfigError` when the model's family cannot say what it is, `StorageError` when the disk refuses.
+    """
+    check_expressible(model.cfg)
+    weights = to_family(model, dtype)
+    kept = next(iter(weights.values())).dtype
+    with atomic_folder(folder, replace=replace) as partial:
+        write_json(partial / "config.json", config_to_folder(model.cfg, str(kept).removeprefix("torch.")))
+        generation = {"bos_token_id": model.cfg.bos_id, "eos_token_id": list(model.cfg.eos_ids) or None}
+        if model.cfg.pad_id is not None:
+            generation["pad_token_id"] = model.cfg.pad_id
+        write_json(partial / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+        _write_weights(partial, weights, shard_bytes)
+        for name, content in (extra_files or {}).items():
+            if isinstance(content, bytes):
+                (partial / name).write_bytes(content)
+            else:
+                shutil.copyfile(content, partial / name)
+        return seal(partial, "model", parents=parents or [], facts=facts, recipe=recipe)
+
+
+def _write_weights(folder: Path, weights: dict[str, Tensor], shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in weights.items():
+        if shards[-1] and size + value.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value
+        size += value.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / WEIGHTS, metadata={"format": "pt"})
+        return
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+    total = sum(value.nbytes for value in weights.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
