@@ -17,7 +17,7 @@ from ratoon.base.errors import ConfigError
 from ratoon.generate.beam import Beams
 from ratoon.generate.native import MOST_ROWS, NativeStep, Unavailable
 from ratoon.generate.rows import Ends, Finish, Generated, Move, Row, Strategy, fit
-from ratoon.generate.sample import Sampling, draw, likeliest, penalize_repetition, row_streams, warp
+from ratoon.generate.sample import Sampling, draw, penalize_repetition, row_streams, warp
 from ratoon.generate.stopping import Decoder
 from ratoon.model.cache import Cache
 from ratoon.model.transformer import EncoderDecoder, Transformer
@@ -134,7 +134,7 @@ class OneEach:
             for id in self.ends.eos_ids:
                 scores_BV[short, id] = float("-inf")
         chances = [row.chance.random() for row in self.live if row.chance is not None]
-        chosen_B = draw(warp(scores_BV, sampling), chances) if chances else likeliest(scores_BV)
+        chosen_B = draw(warp(scores_BV, sampling), chances) if chances else scores_BV.argmax(-1)
         if self.seen_BV is not None:
             self.seen_BV.scatter_(1, chosen_B[:, None], True)
         if self.logprobs:
@@ -264,8 +264,15 @@ def _run(
         source_BS, memory_document_BS = _pad_sources(sources, reader.device)
         memory_BSD = model.encode(source_BS, memory_document_BS)
     logits_BV = reader.prefill(memory_BSD, memory_document_BS)
-    while (move := strategy.advance(logits_BV)) is not None:
-        logits_BV = reader.step(move)
+    threads = torch.get_num_threads()
+    try:
+        if reader.native is not None:
+            # Torch's threads spin for milliseconds after each of its operations, on the cores the C step needs.
+            torch.set_num_threads(1)
+        while (move := strategy.advance(logits_BV)) is not None:
+            logits_BV = reader.step(move)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _pad_sources(sources: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -126,14 +126,6 @@ def warp(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     return logits_BV
 
 
-def likeliest(logits_BV: Tensor) -> Tensor:
-    """The likeliest token of each row (B,); the first of equals."""
-    if logits_BV.device.type != "cpu":
-        return logits_BV.argmax(-1)
-    # torch's own wakes its threads, which then spin for milliseconds where the next token needs the core.
-    return torch.from_numpy(logits_BV.numpy().argmax(-1))
-
-
 def draw(logits_BV: Tensor, uniform_B: Sequence[float]) -> Tensor:
     """One token of each row (B,), by inverting the cumulative probability at `uniform_B` in [0, 1)."""
     cumulative_BV = logits_BV.double().softmax(-1).cumsum(-1)

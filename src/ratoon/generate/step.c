@@ -21,6 +21,7 @@
 typedef float f16x __attribute__((vector_size(64)));
 typedef float f8x __attribute__((vector_size(32)));
 typedef float f4x __attribute__((vector_size(16)));
+typedef int32_t i16x __attribute__((vector_size(64)));
 typedef uint32_t u16x __attribute__((vector_size(64)));
 typedef uint16_t h16x __attribute__((vector_size(32)));
 #define INLINE static inline __attribute__((always_inline))
@@ -28,7 +29,7 @@ typedef uint16_t h16x __attribute__((vector_size(32)));
 enum { PRE, PARALLEL, SANDWICH };
 enum { NO_QK_NORM, BEFORE_ROPE, AFTER_ROPE };
 enum { GELU, GELU_TANH, RELU2, SILU };
-enum { BATCH_BLOCK = 4, LEAST_PIECE = 8, PHASES_PER_LAYER = 5 };
+enum { BATCH_BLOCK = 4, PHASES_PER_LAYER = 5, PIECES = 4, SPINS = 4000 };
 
 typedef struct {
     const float *weight, *bias; /* either may be absent */
@@ -63,9 +64,18 @@ typedef struct {
 typedef struct {
     const Step *s;
     float *qkv, *mixed, *out, *hidden;
-    atomic_long *next; /* the first row of each phase that nobody has taken */
+    atomic_long *taken; /* by phase and share: rows that somebody has taken */
     atomic_int waiting, round, failed;
 } Shared;
+
+typedef struct {
+    Shared *shared;
+    pthread_t thread;
+    int64_t number;
+    int round;
+    float *x, *normed, *spare; /* (B, D) each: every thread keeps its own stream, so nobody waits for it */
+    float *wide;               /* scores of a query, or gates */
+} Worker;
 
 INLINE float widen(uint16_t value) {
     uint32_t bits = (uint32_t)value << 16;
@@ -167,47 +177,105 @@ static void linear(const Linear *l, const float *x, int64_t d, int64_t rows, int
         }
 }
 
-static void norm(const Norm *n, const float *x, float *out, int64_t d, const Step *s) {
-    double sum = 0, square = 0;
-    for (int64_t i = 0; i < d; i++) sum += x[i];
-    float mean = s->layer_norm ? (float)(sum / (double)d) : 0;
-    for (int64_t i = 0; i < d; i++) square += (double)(x[i] - mean) * (x[i] - mean);
-    float factor = (float)(1 / sqrt(square / (double)d + s->eps));
-    for (int64_t i = 0; i < d; i++)
-        out[i] = (x[i] - mean) * factor * (n->weight ? n->weight[i] : 1) + (n->bias ? n->bias[i] : 0);
+static float total(const float *x, float shift, int squared, int64_t d) {
+    f16x sum = {0};
+    int64_t i = 0;
+    for (; i + 16 <= d; i += 16) {
+        f16x value = load16(x, i, 0) - shift;
+        sum += squared ? value * value : value;
+    }
+    float found = sum16(sum);
+    for (; i < d; i++) found += squared ? (x[i] - shift) * (x[i] - shift) : x[i] - shift;
+    return found;
 }
 
-INLINE float activate(float x, int64_t kind) {
+static void norm(const Norm *n, const float *x, float *out, int64_t d, const Step *s) {
+    float mean = s->layer_norm ? total(x, 0, 0, d) / (float)d : 0;
+    float factor = 1 / sqrtf(total(x, mean, 1, d) / (float)d + (float)s->eps);
+    for (int64_t i = 0; i < d; i++) out[i] = (x[i] - mean) * factor;
+    if (n->weight)
+        for (int64_t i = 0; i < d; i++) out[i] *= n->weight[i];
+    if (n->bias)
+        for (int64_t i = 0; i < d; i++) out[i] += n->bias[i];
+}
+
+/* Lane by lane: a where the mask is set, else b. */
+INLINE f16x choose(i16x mask, f16x a, f16x b) { return (f16x)((mask & (i16x)a) | (~mask & (i16x)b)); }
+
+/* e ** x to a unit or two in the last place: 2 ** (whole part) times a polynomial in the rest (Taylor, degree 7). */
+INLINE f16x exp16(f16x x) {
+    const f16x zero = {0}, shift = zero + 12582912.0f; /* 1.5 * 2 ** 23: adding it rounds to whole numbers */
+    x = choose(x < -87.0f, zero - 87.0f, x);
+    x = choose(x > 88.0f, zero + 88.0f, x);
+    f16x n = (x * 1.44269504088896341f + shift) - shift;
+    f16x r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts */
+    f16x p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * (f16x)((__builtin_convertvector(n, i16x) + 127) << 23);
+}
+
+INLINE f16x activate16(f16x x, int64_t kind) {
     switch (kind) {
-    case GELU: return 0.5f * x * (1 + erff(x * 0.70710678118654752f));
-    case GELU_TANH: return 0.5f * x * (1 + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-    case RELU2: return x > 0 ? x * x : 0;
-    default: return x / (1 + expf(-x));
+    case GELU:
+        for (int i = 0; i < 16; i++) x[i] = 0.5f * x[i] * (1 + erff(x[i] * 0.70710678118654752f));
+        return x;
+    case GELU_TANH: /* 0.5 (1 + tanh z) = 1 / (1 + e ** -2z) */
+        return x / (1 + exp16(-1.59576912160573071f * (x + 0.044715f * x * x * x)));
+    case RELU2: return choose(x > 0, x * x, (f16x){0});
+    default: return x / (1 + exp16(-x));
     }
 }
 
-static void wait_all(Shared *shared, int *round) {
-    int now = *round;
+/* hidden = activation(hidden), or with a gate activation(gate) * hidden. */
+static void activate(float *hidden, const float *gate, int64_t n, int64_t kind) {
+    for (int64_t i = 0; i < n; i += 16) {
+        size_t bytes = sizeof(float) * (size_t)(n - i < 16 ? n - i : 16);
+        f16x h = {0}, g = {0};
+        memcpy(&h, hidden + i, bytes);
+        if (gate) {
+            memcpy(&g, gate + i, bytes);
+            h *= activate16(g, kind);
+        } else {
+            h = activate16(h, kind);
+        }
+        memcpy(hidden + i, &h, bytes);
+    }
+}
+
+static void wait_all(Shared *shared, Worker *w) {
+    int now = w->round;
     if (atomic_fetch_add(&shared->waiting, 1) == shared->s->threads - 1) {
         atomic_store(&shared->waiting, 0);
         atomic_store(&shared->round, now + 1);
     } else {
         for (int spins = 0; atomic_load_explicit(&shared->round, memory_order_acquire) == now; spins++)
-            if (spins > 4000) sched_yield(); /* another program has the core */
+            if (spins > SPINS) sched_yield(); /* another program has the core */
     }
-    *round = now + 1;
+    w->round = now + 1;
 }
 
-/* Take the next piece of `total` rows; false when none is left. */
-INLINE int take(Shared *shared, int64_t phase, int64_t total, int64_t piece, int64_t *from, int64_t *to) {
-    *from = atomic_fetch_add_explicit(&shared->next[phase], piece, memory_order_relaxed);
-    *to = *from + piece < total ? *from + piece : total;
-    return *from < total;
-}
-
-INLINE int64_t piece_of(const Step *s, int64_t total) {
-    int64_t piece = total / (s->threads * 6);
-    return piece < LEAST_PIECE ? LEAST_PIECE : piece;
+/* Rows of a phase are dealt out in equal shares, each read from its beginning on; who is done helps the others, for
+ * another program may have their core. True while there is a piece to do. */
+static int take(Shared *shared, const Worker *w, int64_t phase, int64_t total, int64_t least, int64_t *from,
+                int64_t *to) {
+    int64_t threads = shared->s->threads;
+    for (int64_t i = 0; i < threads; i++) {
+        int64_t share = (w->number + i) % threads;
+        int64_t begin = total * share / threads, end = total * (share + 1) / threads;
+        int64_t piece = (end - begin) / PIECES;
+        if (piece < least) piece = least;
+        atomic_long *taken = &shared->taken[phase * threads + share];
+        if (begin + atomic_load_explicit(taken, memory_order_relaxed) >= end) continue;
+        *from = begin + atomic_fetch_add_explicit(taken, piece, memory_order_relaxed);
+        *to = *from + piece < end ? *from + piece : end;
+        if (*from < end) return 1;
+    }
+    return 0;
 }
 
 static void turn(float *head, const float *cos, const float *sin, int64_t r) {
@@ -231,70 +299,85 @@ static void place(float *head, const Norm *n, const Step *s, const Layer *l, int
     }
 }
 
-INLINE void mix_keys(const Step *s, const void *keys, const void *values, const float *q, int64_t from, int64_t end,
-                     float *score, float *out, int bf16) {
-    int64_t C = s->channels;
-    float top = -INFINITY, total = 0;
-    float cap = (float)s->attention_softcap, scale = (float)s->scale;
-    for (int64_t slot = from; slot <= end; slot++) {
-        f16x sum = {0};
-        int64_t i = 0;
-        for (; i + 16 <= C; i += 16) sum += load16(keys, slot * C + i, bf16) * load16(q, i, 0);
-        float found = sum16(sum);
-        for (; i < C; i++) found += load1(keys, slot * C + i, bf16) * q[i];
-        found *= scale;
-        if (cap > 0) found = cap * tanhf(found / cap);
-        score[slot] = found;
-        if (found > top) top = found;
-    }
-    for (int64_t i = 0; i < C; i++) out[i] = 0;
-    for (int64_t slot = from; slot <= end; slot++) {
-        float weight = expf(score[slot] - top);
-        total += weight;
-        int64_t i = 0;
-        for (; i + 16 <= C; i += 16) {
-            f16x sum = load16(out, i, 0) + weight * load16(values, slot * C + i, bf16);
-            memcpy(out + i, &sum, sizeof sum);
-        }
-        for (; i < C; i++) out[i] += weight * load1(values, slot * C + i, bf16);
-    }
-    for (int64_t i = 0; i < C; i++) out[i] /= total;
+INLINE float score_of(const void *key, const float *q, int64_t C, const int bf16) {
+    f16x sum = {0};
+    int64_t i = 0;
+    for (; i + 16 <= C; i += 16) sum += load16(key, i, bf16) * load16(q, i, 0);
+    float found = sum16(sum);
+    for (; i < C; i++) found += load1(key, i, bf16) * q[i];
+    return found;
 }
 
-/* The new key and value of one row and key/value head, stored; then its group of query heads. */
-static void attend(Shared *shared, const Layer *l, int64_t b, int64_t kv, float *score) {
+INLINE void mix_in(float weight, const void *value, float *out, int64_t C, const int bf16) {
+    int64_t i = 0;
+    for (; i + 16 <= C; i += 16) {
+        f16x sum = load16(out, i, 0) + weight * load16(value, i, bf16);
+        memcpy(out + i, &sum, sizeof sum);
+    }
+    for (; i < C; i++) out[i] += weight * load1(value, i, bf16);
+}
+
+/* softmax(scale q · keys) values over the slots `from` to the new one, whose key and value are given apart. */
+INLINE void mix(const Step *s, const char *keys, const char *values, const void *key, const void *value, const float *q,
+                int64_t from, float *score, float *out, const int bf16) {
+    int64_t C = s->channels, stride = C * (bf16 ? 2 : 4), count = s->slot - from + 1;
+    float cap = (float)s->attention_softcap, top = -INFINITY, sum;
+    keys += from * stride, values += from * stride;
+    for (int64_t i = 0; i < count; i++) {
+        score[i] = (float)s->scale * score_of(i < count - 1 ? keys + i * stride : key, q, C, bf16);
+        if (cap > 0) score[i] = cap * tanhf(score[i] / cap);
+        if (score[i] > top) top = score[i];
+    }
+    for (int64_t i = 0; i < count; i += 16) {
+        size_t bytes = sizeof(float) * (size_t)(count - i < 16 ? count - i : 16);
+        f16x part = {0};
+        memcpy(&part, score + i, bytes);
+        part = exp16(part - top);
+        memcpy(score + i, &part, bytes);
+    }
+    sum = total(score, 0, 0, count);
+    for (int64_t i = 0; i < C; i++) out[i] = 0;
+    for (int64_t i = 0; i < count; i++)
+        mix_in(score[i] / sum, i < count - 1 ? values + i * stride : value, out, C, bf16);
+}
+
+/* One query head of one row. The heads of a group make the same new key and value; the first one stores them. */
+static void attend(Shared *shared, const Layer *l, int64_t b, int64_t h, float *score) {
     const Step *s = shared->s;
-    int64_t C = s->channels, group = s->heads / s->kv_heads, all = (s->heads + 2 * s->kv_heads) * C;
-    int64_t start = (b * s->kv_heads + kv) * s->capacity * C, at = start + s->slot * C;
-    float *row = shared->qkv + b * all;
-    float *k = row + (s->heads + kv) * C, *v = row + (s->heads + s->kv_heads + kv) * C;
+    int64_t C = s->channels, group = s->heads / s->kv_heads, kv = h / group, all = (s->heads + 2 * s->kv_heads) * C;
+    size_t size = s->bf16 ? 2 : 4, start = (size_t)((b * s->kv_heads + kv) * s->capacity * C) * size;
+    float *row = shared->qkv + b * all, *q = row + h * C, *v = row + (s->heads + s->kv_heads + kv) * C, k[C];
+    char key[(size_t)C * size], value[(size_t)C * size];
+    memcpy(k, row + (s->heads + kv) * C, sizeof k);
     place(k, &l->k_norm, s, l, s->position[b]);
-    size_t size = s->bf16 ? 2 : 4;
-    for (int64_t i = 0; i < C; i++) {
-        if (s->bf16) {
-            ((uint16_t *)l->keys)[at + i] = narrow(k[i]);
-            ((uint16_t *)l->values)[at + i] = narrow(v[i]);
-        } else {
-            ((float *)l->keys)[at + i] = k[i];
-            ((float *)l->values)[at + i] = v[i];
+    place(q, &l->q_norm, s, l, s->position[b]);
+    if (s->bf16) {
+        for (int64_t i = 0; i < C; i++) {
+            uint16_t narrowed[] = {narrow(k[i]), narrow(v[i])};
+            memcpy(key + 2 * i, &narrowed[0], 2);
+            memcpy(value + 2 * i, &narrowed[1], 2);
         }
+    } else {
+        memcpy(key, k, sizeof key);
+        memcpy(value, v, sizeof value);
+    }
+    if (h % group == 0) {
+        memcpy((char *)l->keys + start + (size_t)s->slot * sizeof key, key, sizeof key);
+        memcpy((char *)l->values + start + (size_t)s->slot * sizeof value, value, sizeof value);
     }
     int64_t from = s->first[b];
     if (l->window && s->slot - l->window + 1 > from) from = s->slot - l->window + 1;
-    for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
-        place(row + h * C, &l->q_norm, s, l, s->position[b]);
-        const void *keys = (const char *)l->keys + start * size, *values = (const char *)l->values + start * size;
-        float *out = shared->mixed + (b * s->heads + h) * C;
-        if (s->bf16) mix_keys(s, keys, values, row + h * C, from, s->slot, score, out, 1);
-        else mix_keys(s, keys, values, row + h * C, from, s->slot, score, out, 0);
-    }
+    const char *keys = (const char *)l->keys + start, *values = (const char *)l->values + start;
+    float *out = shared->mixed + (b * s->heads + h) * C;
+    if (s->bf16) mix(s, keys, values, key, value, q, from, score, out, 1);
+    else mix(s, keys, values, key, value, q, from, score, out, 0);
 }
 
 static void norm_rows(const Norm *n, const float *x, float *out, const Step *s) {
     for (int64_t b = 0; b < s->rows; b++) norm(n, x + b * s->width, out + b * s->width, s->width, s);
 }
 
-/* x += out, normed first where the layout says so. Every thread keeps its own x, so nobody waits for it. */
+/* x += out, normed first where the layout says so. */
 static void add(float *x, const float *out, const Norm *post, float *spare, const Step *s) {
     if (s->layout == SANDWICH) {
         norm_rows(post, out, spare, s);
@@ -303,14 +386,15 @@ static void add(float *x, const float *out, const Norm *post, float *spare, cons
     for (int64_t i = 0; i < s->rows * s->width; i++) x[i] += out[i];
 }
 
-static void run_layer(Shared *shared, int64_t number, float *x, float *normed, float *score, int *round) {
+static void run_layer(Shared *shared, Worker *w, int64_t number) {
     const Step *s = shared->s;
     const Layer *l = &s->layer[number];
     int64_t B = s->rows, D = s->width, C = s->channels, F = s->hidden, phase = number * PHASES_PER_LAYER, from, to;
     int64_t q = s->heads * C, kv = s->kv_heads * C, all = q + 2 * kv;
     int bf16 = (int)s->bf16;
+    float *x = w->x, *normed = w->normed, *spare = w->spare;
     norm_rows(&l->attention_norm, x, normed, s);
-    while (take(shared, phase, all, piece_of(s, all), &from, &to)) {
+    while (take(shared, w, phase, all, 8, &from, &to)) {
         const Linear *part[] = {&l->q, &l->k, &l->v};
         int64_t begin[] = {0, q, q + kv, all};
         for (int p = 0; p < 3; p++) {
@@ -318,94 +402,91 @@ static void run_layer(Shared *shared, int64_t number, float *x, float *normed, f
             if (a < e) linear(part[p], normed, D, B, a - begin[p], e - begin[p], bf16, shared->qkv + begin[p], all);
         }
     }
-    wait_all(shared, round);
-    while (take(shared, phase + 1, B * s->kv_heads, 1, &from, &to))
-        attend(shared, l, from / s->kv_heads, from % s->kv_heads, score);
-    wait_all(shared, round);
-    while (take(shared, phase + 2, D, piece_of(s, D), &from, &to))
+    wait_all(shared, w);
+    while (take(shared, w, phase + 1, B * s->heads, 1, &from, &to))
+        for (; from < to; from++) attend(shared, l, from / s->heads, from % s->heads, w->wide);
+    wait_all(shared, w);
+    while (take(shared, w, phase + 2, D, 8, &from, &to))
         linear(&l->o, shared->mixed, q, B, from, to, bf16, shared->out, D);
     if (s->layout == PARALLEL) norm_rows(&l->mlp_norm, x, normed, s); /* of the stream before attention */
-    wait_all(shared, round);
-    add(x, shared->out, &l->attention_post, normed + B * D, s);
+    wait_all(shared, w);
+    add(x, shared->out, &l->attention_post, spare, s);
     if (s->layout != PARALLEL) norm_rows(&l->mlp_norm, x, normed, s);
-    while (take(shared, phase + 3, F, piece_of(s, F), &from, &to)) {
+    while (take(shared, w, phase + 3, F, 8, &from, &to)) {
         linear(&l->up, normed, D, B, from, to, bf16, shared->hidden, F);
-        if (s->gated) {
-            float *gate = score; /* room for B * F, see run */
-            linear(&l->gate, normed, D, B, from, to, bf16, gate, F);
-            for (int64_t b = 0; b < B; b++)
-                for (int64_t i = from; i < to; i++) shared->hidden[b * F + i] *= activate(gate[b * F + i], s->activation);
-        } else {
-            for (int64_t b = 0; b < B; b++)
-                for (int64_t i = from; i < to; i++)
-                    shared->hidden[b * F + i] = activate(shared->hidden[b * F + i], s->activation);
-        }
+        if (s->gated) linear(&l->gate, normed, D, B, from, to, bf16, w->wide, F);
+        for (int64_t at = from; at < B * F; at += F)
+            activate(shared->hidden + at, s->gated ? w->wide + at : NULL, to - from, s->activation);
     }
-    wait_all(shared, round);
-    while (take(shared, phase + 4, D, piece_of(s, D), &from, &to))
+    wait_all(shared, w);
+    while (take(shared, w, phase + 4, D, 8, &from, &to))
         linear(&l->down, shared->hidden, F, B, from, to, bf16, shared->out, D);
-    wait_all(shared, round);
-    add(x, shared->out, &l->mlp_post, normed + B * D, s);
+    wait_all(shared, w);
+    add(x, shared->out, &l->mlp_post, spare, s);
 }
 
 static void *run(void *argument) {
-    Shared *shared = argument;
+    Worker *w = argument;
+    Shared *shared = w->shared;
     const Step *s = shared->s;
     int64_t B = s->rows, BD = B * s->width, from, to;
-    int64_t spare = s->capacity > B * s->hidden ? s->capacity : B * s->hidden;
-    float *x = malloc(sizeof(float) * (size_t)(3 * BD + spare));
-    int round = 0;
-    if (!x) atomic_store(&shared->failed, 1);
-    wait_all(shared, &round);
+    int64_t wide = s->capacity > B * s->hidden ? s->capacity : B * s->hidden;
+    w->x = malloc(sizeof(float) * (size_t)(3 * BD + wide));
+    if (!w->x) atomic_store(&shared->failed, 1);
+    wait_all(shared, w);
     if (atomic_load(&shared->failed)) {
-        free(x);
+        free(w->x);
         return NULL;
     }
-    float *normed = x + BD, *score = x + 3 * BD;
-    memcpy(x, s->x, sizeof(float) * (size_t)BD);
-    for (int64_t number = 0; number < s->layers; number++) run_layer(shared, number, x, normed, score, &round);
-    norm_rows(&s->final, x, normed, s);
+    w->normed = w->x + BD, w->spare = w->x + 2 * BD, w->wide = w->x + 3 * BD;
+    memcpy(w->x, s->x, sizeof(float) * (size_t)BD);
+    for (int64_t number = 0; number < s->layers; number++) run_layer(shared, w, number);
+    norm_rows(&s->final, w->x, w->normed, s);
     int64_t V = s->vocab;
     float cap = (float)s->logit_softcap;
-    while (take(shared, s->layers * PHASES_PER_LAYER, V, piece_of(s, V), &from, &to)) {
-        linear(&s->head, normed, s->width, B, from, to, (int)s->bf16, s->logits, V);
+    while (take(shared, w, s->layers * PHASES_PER_LAYER, V, 8, &from, &to)) {
+        linear(&s->head, w->normed, s->width, B, from, to, (int)s->bf16, s->logits, V);
         if (cap > 0)
             for (int64_t b = 0; b < B; b++)
-                for (int64_t i = from; i < to; i++) s->logits[b * V + i] = cap * tanhf(s->logits[b * V + i] / cap);
+                for (int64_t i = b * V + from; i < b * V + to; i++) s->logits[i] = cap * tanhf(s->logits[i] / cap);
     }
-    free(x);
+    free(w->x);
     return NULL;
 }
 
-/* Returns 0, or 1 when there is no memory for it. Threads live for this call only: none spins between tokens. */
+/* Returns 0, or 1 when there is no memory or no thread. Threads live for this call only: none spins between tokens. */
 int ratoon_step(Step *s) {
     int64_t B = s->rows, all = (s->heads + 2 * s->kv_heads) * s->channels, q = s->heads * s->channels;
+    int64_t phases = s->layers * PHASES_PER_LAYER + 1;
     Shared shared = {.s = s};
     shared.qkv = malloc(sizeof(float) * (size_t)(B * (all + q + s->width + s->hidden)));
-    shared.next = calloc((size_t)(s->layers * PHASES_PER_LAYER + 1), sizeof(atomic_long));
-    if (!shared.qkv || !shared.next) {
+    shared.taken = calloc((size_t)(phases * s->threads), sizeof(atomic_long));
+    Worker *worker = calloc((size_t)s->threads, sizeof(Worker));
+    if (!shared.qkv || !shared.taken || !worker) {
         free(shared.qkv);
-        free(shared.next);
+        free(shared.taken);
+        free(worker);
         return 1;
     }
     shared.mixed = shared.qkv + B * all;
     shared.out = shared.mixed + B * q;
     shared.hidden = shared.out + B * s->width;
-    int64_t wanted = s->threads, started = 0;
-    pthread_t thread[wanted];
+    for (int64_t i = 0; i < s->threads; i++) worker[i] = (Worker){.shared = &shared, .number = i};
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, 1 << 20);
-    while (started + 1 < wanted && !pthread_create(&thread[started], &attributes, run, &shared)) started++;
-    if (started + 1 < wanted) { /* all leave at the first wait; the missing ones are counted as having come */
+    int64_t started = 1;
+    while (started < s->threads && !pthread_create(&worker[started].thread, &attributes, run, &worker[started])) started++;
+    if (started < s->threads) { /* all leave at the first wait; the missing ones are counted as having come */
         atomic_store(&shared.failed, 1);
-        atomic_fetch_add(&shared.waiting, (int)(wanted - 1 - started));
+        atomic_fetch_add(&shared.waiting, (int)(s->threads - started));
     }
-    run(&shared);
-    for (int64_t i = 0; i < started; i++) pthread_join(thread[i], NULL);
+    run(&worker[0]);
+    for (int64_t i = 1; i < started; i++) pthread_join(worker[i].thread, NULL);
     pthread_attr_destroy(&attributes);
     int failed = atomic_load(&shared.failed);
     free(shared.qkv);
-    free(shared.next);
+    free(shared.taken);
+    free(worker);
     return failed;
 }
