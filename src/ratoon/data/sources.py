@@ -121,7 +121,7 @@ def _open(path: Path) -> IO[bytes]:
             ) from None
         stream: IO[bytes] = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"))  # noqa: SIM115
         return stream
-    return open(path, "rb")  # noqa: SIM115
+    return open(path, "rb")
 
 
 def _decode(raw: bytes, path: Path, encoding: str, line: int | None = None) -> str:
@@ -130,7 +130,7 @@ def _decode(raw: bytes, path: Path, encoding: str, line: int | None = None) -> s
     except UnicodeDecodeError as error:
         at = line if line is not None else raw[: error.start].count(b"\n") + 1
         raise DataError(
-            f"not {encoding}: byte 0x{raw[error.start]:02x} at byte {error.start} of the {'file' if line is None else 'line'}",
+            f"not {encoding}: byte 0x{raw[error.start]:02x} at byte {error.start}",
             where=f"{path}:{at}",
             expected=f"text encoded as {encoding}",
             fix="say --encoding NAME (for example gb18030 or latin-1), or save the file as UTF-8",

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from ratoon.text.tokenizer import Tokenizer
 
+UNFINISHED = "\ufffd"
+KEPT_TOKENS = 5
+"""A character has at most four bytes, so at most three tokens wait for its end; one more is the left border that
+decides how the next token is spelled."""
+
 
 class StreamDecoder:
     """Decodes one token after the other; what is given out, joined, is what the whole would decode to.
@@ -16,31 +21,27 @@ class StreamDecoder:
         self.tokenizer = tokenizer
         self.skip_special = skip_special
         self._tail: list[int] = []
-        self._given = ""
+        self._given = 0  # characters of the tail's text that were given out
 
     def push(self, token: int) -> str:
         """The characters that `token` completes; may be empty."""
+        if self.skip_special and token in self.tokenizer.special_ids:
+            return ""
         self._tail.append(token)
         text = self.tokenizer.decode(self._tail, self.skip_special)
-        if text.endswith("�"):  # an unfinished character, or one that never will be: seen by what follows
-            if len(self._tail) < 32:
-                return ""
-            return self._give(text)
-        return self._give(text)
-
-    def flush(self) -> str:
-        """What is left, unfinished characters as U+FFFD."""
-        text = self.tokenizer.decode(self._tail, self.skip_special)
-        new = text[len(self._given) :]
-        self._tail, self._given = [], ""
+        # A character whose bytes have not all come is one U+FFFD at the end; those before it are stray bytes for good.
+        ready = len(text) - text.endswith(UNFINISHED)
+        new = text[self._given : ready]
+        self._given = max(self._given, ready)
+        if len(self._tail) > 2 * KEPT_TOKENS:
+            waiting = len(text) - self._given
+            self._tail = self._tail[-KEPT_TOKENS:]
+            self._given = len(self.tokenizer.decode(self._tail, self.skip_special)) - waiting
         return new
 
-    def _give(self, text: str) -> str:
-        new = text[len(self._given) :]
-        if len(self._tail) > 8 and new:
-            # Keep the last token as the left border for the next one's spelling.
-            self._tail = self._tail[-1:]
-            self._given = self.tokenizer.decode(self._tail, self.skip_special)
-        else:
-            self._given = text
+    def flush(self) -> str:
+        """What is left, unfinished characters as U+FFFD; the decoder is then as new."""
+        text = self.tokenizer.decode(self._tail, self.skip_special)
+        new = text[self._given :]
+        self._tail, self._given = [], 0
         return new
