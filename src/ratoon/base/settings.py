@@ -105,7 +105,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 def merge(table: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """`table` with dotted-key `overrides` put in; neither argument changes."""
-    merged = _copy(table)
+    merged: dict[str, Any] = _copy(table)
     for dotted, value in overrides.items():
         place = merged
         *parents, last = dotted.split(".")

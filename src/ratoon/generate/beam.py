@@ -119,7 +119,7 @@ class Beams:
         if beam.ids[-1] in self.ends.eos_ids:
             return "eos"
         if self.ends.sampling.stop and self.ends.decoder is not None:
-            watch = self.ends.watch()
+            watch = self.ends.watch(row.prompt)
             assert watch is not None
             for id in beam.ids:
                 watch.push(id)
@@ -156,7 +156,7 @@ class Beams:
         text = None
         if self.ends.decoder is not None:
             shown = ids[:-1] if answer.finish == "eos" else ids
-            text = text_of(self.ends.decoder(), shown, self.ends.sampling.stop)
+            text = text_of(self.ends.decoder(row.prompt), shown, self.ends.sampling.stop)
         return Generated(
             ids=ids,
             text=text,

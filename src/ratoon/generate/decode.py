@@ -16,9 +16,8 @@ from torch import Tensor
 from ratoon.base.errors import ConfigError
 from ratoon.generate.beam import Beams
 from ratoon.generate.native import MOST_ROWS, NativeStep, Unavailable
-from ratoon.generate.rows import Ends, Finish, Generated, Move, Row, Strategy, fit
+from ratoon.generate.rows import Ends, Finish, Generated, MakeDecoder, Move, Row, Strategy, fit
 from ratoon.generate.sample import Sampling, draw, penalize_repetition, row_streams, warp
-from ratoon.generate.stopping import Decoder
 from ratoon.model.cache import Cache
 from ratoon.model.transformer import EncoderDecoder, Transformer
 
@@ -119,7 +118,7 @@ class OneEach:
             for number, row in enumerate(rows):
                 self.seen_BV[number, row.prompt] = True
         for row in rows:
-            row.watch = ends.watch()
+            row.watch = ends.watch(row.prompt)
 
     def choose(self, logits_BV: Tensor) -> list[int]:
         """The next token of each live row."""
@@ -198,7 +197,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling | None = None,
     *,
-    decoder: Callable[[], Decoder] | None = None,
+    decoder: MakeDecoder | None = None,
     eos_ids: Sequence[int] | None = None,
     sources: Sequence[Sequence[int]] | None = None,
     shorten: Literal["left"] | None = None,
@@ -209,9 +208,9 @@ def generate(
 ) -> list[Generated]:
     """Go on from each prompt (token ids); one answer for each, whatever its neighbours are.
 
-    `decoder` makes a new stream decoder (text and stop texts need one). `eos_ids`: the model's own if absent.
-    `sources`: an encoder-decoder's source ids, one for each prompt. `on_text(prompt number, new text)` is called as
-    text comes: whole characters, never a part of a stop text. `kernel`: single tokens are read by the C step where it
+    `decoder` makes a stream decoder for what follows a prompt (text and stop texts need one). `eos_ids`: the
+    model's own if absent. `sources`: an encoder-decoder's source ids, one for each prompt. `on_text(prompt
+    number, new text)` is called as text comes: whole characters, never a part of a stop text. `kernel`: single tokens are read by the C step where it
     can be had ("auto"), always ("native", or an error), or never ("torch"). Raises `ConfigError` for
     settings that cannot be met here, `DataError` for a prompt that does not fit (see `fit`).
     """

@@ -26,7 +26,9 @@ from ratoon.model.transformer import Transformer
 if TYPE_CHECKING:
     from ratoon.text.tokenizer import Tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_LEFT_BORDER_TOKENS = 4
+"""Tokens of the prompt that the text's decoder has seen: some tokenizers spell a word differently at the start."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -106,8 +108,15 @@ class LanguageModel:
         return self.generate([rendered.ids], sampling, shorten=shorten, on_text=on_text, **settings)[0]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt, begun as the model's tokenizer begins a text (bos, where it has the habit)."""
-        return self._need_tokenizer("reading text").encode(text, special=True)
+        """The ids of a prompt, begun as the model's tokenizer begins a text (a begin token, where it has the habit).
+
+        Nothing at all means the beginning of a document, where the tokenizer has a token for that.
+        """
+        tokenizer = self._need_tokenizer("reading text")
+        ids = tokenizer.encode_prompt(text)
+        if not ids and tokenizer.separator_id is not None:
+            return [tokenizer.separator_id]
+        return ids
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -122,13 +131,16 @@ class LanguageModel:
         """Write a Hugging Face folder with its manifest, the tokenizer too where there is one."""
         from ratoon.model.folder import write_model
 
-        write_model(self.model, folder, tokenizer=self.tokenizer)
+        write_model(self.model, folder, extra_files=self.tokenizer.files() if self.tokenizer is not None else None)
         return Path(folder)
 
-    def _decoder(self) -> Decoder:
+    def _decoder(self, prompt: Sequence[int]) -> Decoder:
         from ratoon.text.stream import StreamDecoder
 
-        return StreamDecoder(self._need_tokenizer("text"))
+        decoder = StreamDecoder(self._need_tokenizer("text"))
+        for id in prompt[-_LEFT_BORDER_TOKENS:]:
+            decoder.push(id)
+        return decoder
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -162,15 +174,12 @@ def load(
     a GPU if there is one. Raises `ArtifactError` naming every place that was looked at.
     """
     kind = _dtype(dtype)
-    device = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
     path = locate(name)
-    if path.is_file():
-        lm = _load_gguf(path, kind)
-    else:
-        lm = _load_folder(path, kind)
+    lm = _load_gguf(path, kind) if path.is_file() else _load_folder(path, kind)
     lm.name = os.fspath(name)
     lm.facts["path"] = str(path)
-    lm.model.to(device)
+    lm.model.to(place)
     lm.model.requires_grad_(False)
     return lm
 
@@ -240,13 +249,10 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> LanguageModel:
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> LanguageModel:
-    from ratoon.model.gguf import read_gguf
+    from ratoon.model.gguf import read_gguf_model
     from ratoon.text.tokenizer import Tokenizer
 
-    cfg, weights, metadata = read_gguf(path)
-    with torch.device("meta"):
-        model = Transformer(cfg)
-    model.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
+    model, metadata = read_gguf_model(path, dtype)
     return LanguageModel(model, Tokenizer.from_gguf_metadata(metadata))
 
 
@@ -254,6 +260,6 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is None:
         return torch.float32
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise ConfigError(f"'{dtype}' is no dtype for weights", expected=", ".join(DTYPES))
     return found

@@ -14,6 +14,8 @@ from ratoon.generate.sample import Sampling
 from ratoon.generate.stopping import Decoder, Watch
 
 Finish = Literal["eos", "stop", "length", "context"]
+MakeDecoder = Callable[[Sequence[int]], Decoder]
+"""Makes the stream decoder of what follows a prompt (ids)."""
 
 
 @dataclass
@@ -74,11 +76,11 @@ class Ends:
 
     eos_ids: tuple[int, ...]
     sampling: Sampling
-    decoder: Callable[[], Decoder] | None
+    decoder: MakeDecoder | None
 
-    def watch(self) -> Watch | None:
+    def watch(self, prompt: Sequence[int]) -> Watch | None:
         """A new text to watch, where there is a tokenizer."""
-        return Watch(self.decoder(), self.sampling.stop) if self.decoder is not None else None
+        return Watch(self.decoder(prompt), self.sampling.stop) if self.decoder is not None else None
 
 
 def fit(

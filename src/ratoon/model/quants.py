@@ -73,7 +73,8 @@ def _q3_k(b: Bytes) -> Floats:
     high = ((raw[:, None, 8:] >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3).reshape(-1, 16)
     scales = (low | (high << 4)).astype(np.int8) - 32
     steps = _half(b[:, 108:110]) * scales
-    return (steps[:, :, None] * q.reshape(-1, 16, 16)).reshape(-1, 256).astype(np.float32)
+    values: Floats = (steps[:, :, None] * q.reshape(-1, 16, 16)).reshape(-1, 256).astype(np.float32)
+    return values
 
 
 def _scales_and_mins(raw: Bytes) -> tuple[Bytes, Bytes]:

@@ -36,8 +36,8 @@ from ratoon.train.weights import FlatWeights
 Objective = Callable[[Transformer, Inputs], tuple[Tensor, Tensor]]
 Record = dict[str, Any]
 EVALUATIONS_A_RUN = 10
-LOWEST_SCALE = 2.0**-8
-"""float16: a gradient that is not finite at this loss scale is not the scale's fault."""
+LOWEST_SCALE = 2.0**-24
+"""float16: a gradient that is not finite with so small a share of the first loss scale is not the scale's fault."""
 
 LENGTH = {"steps", "budget_minutes"}
 FREE_ON_RESUME = LENGTH | {
@@ -164,7 +164,8 @@ class _Session:
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(self.place.work)
-        self.optimizer = Optimizer(self.weights, settings)
+        low = torch.bfloat16 in (self.place.work, self.place.autocast)
+        self.optimizer = Optimizer(self.weights, settings, torch.bfloat16 if low else torch.float32)
         model.recompute_blocks = settings.recompute_blocks
         trained = self.weights.master.numel()
         rows = settings.rows // world.size
@@ -175,7 +176,10 @@ class _Session:
         self.best_step: int | None = None
         self.measured_at = self.written_at = self.tenth = -1  # steps last looked at, and saved; tenth last evaluated
         self.skipped_steps = 0
-        self.scale = 2.0**16 if self.place.autocast == torch.float16 else 1.0
+        # The loss is a sum: what would be 2^16 for a mean is divided by about the tokens that it sums over.
+        tokens = settings.rows * settings.context_tokens
+        self.scale = 2.0 ** (16 - tokens.bit_length()) if self.place.autocast == torch.float16 else 1.0
+        self.lowest_scale = self.scale * LOWEST_SCALE
         self.good_steps = 0
         self.began = time.perf_counter()
         self.saved_at = self.began
@@ -224,7 +228,7 @@ class _Session:
         self.weights.summed *= 1.0 / (weight_sum * self.scale)
         norm = float(torch.linalg.vector_norm(self.weights.summed))
         if not math.isfinite(norm):
-            if self.place.autocast != torch.float16 or self.scale <= LOWEST_SCALE:
+            if self.place.autocast != torch.float16 or self.scale <= self.lowest_scale:
                 raise self._not_finite("gradient norm", norm, batch)
             # Expected with float16: the scale was too high for this step. It is left out, and a lower one tried.
             self.scale, self.good_steps = self.scale / 2, 0

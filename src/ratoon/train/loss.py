@@ -82,7 +82,9 @@ def cross_entropy(model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor, we
         low = torch.get_autocast_dtype(hidden_ND.device.type)
         hidden_ND, head_VD = hidden_ND.to(low), head_VD.to(low)
     bias_V = None if model.head is None else model.head.bias
-    total: Tensor = _CrossEntropy.apply(hidden_ND, head_VD, bias_V, targets_N, weight_N, model.cfg.logit_softcap)
+    total: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, head_VD, bias_V, targets_N, weight_N, model.cfg.logit_softcap
+    )
     return total
 
 
@@ -93,7 +95,7 @@ def token_losses(model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor) -> 
     rows = max(1, CHUNK_NUMBERS // model.cfg.vocab_size)
     parts = [
         F.cross_entropy(model.logits(h).float(), t, reduction="none")
-        for h, t in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
+        for h, t in zip(torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True)
     ]
     return torch.cat(parts).view(targets_BT.shape)
 

@@ -41,11 +41,12 @@ def group_parameters(model: nn.Module, settings: TrainSettings) -> dict[str, lis
 
 
 class Optimizer:
-    """Moves the master of `FlatWeights` by the step's summed gradient."""
+    """Moves the master of `FlatWeights` by the step's summed gradient; Muon multiplies in `product`."""
 
-    def __init__(self, weights: FlatWeights, settings: TrainSettings) -> None:
+    def __init__(self, weights: FlatWeights, settings: TrainSettings, product: torch.dtype = torch.bfloat16) -> None:
         self.weights = weights
         self.settings = settings
+        self.product = product
         self.step_number = torch.zeros((), dtype=torch.float32)
         self.mean: dict[str, Tensor] = {}
         self.square: dict[str, Tensor] = {}
@@ -108,7 +109,7 @@ class Optimizer:
                     for name in names
                 ]
             )
-            update = orthogonalize(stack).float() * max(1.0, rows / columns) ** 0.5
+            update = orthogonalize(stack.to(self.product)).float() * max(1.0, rows / columns) ** 0.5
             offset = 0
             for name in names:
                 target = weights.view(weights.master, name).view(-1, rows, columns)
@@ -132,12 +133,12 @@ class Optimizer:
 
 
 def orthogonalize(stack: Tensor, iterations: int = 5) -> Tensor:
-    """Each matrix (…, rows, columns) -> about U Vᵀ of its singular value decomposition, in bfloat16.
+    """Each matrix (…, rows, columns) -> about U Vᵀ of its singular value decomposition, in the stack's own type.
 
     Newton-Schulz in the quintic form with Muon's coefficients (Jordan et al. 2024): singular values end between about
     0.7 and 1.2.
     """
-    x = stack.bfloat16()
+    x = stack
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -145,4 +146,5 @@ def orthogonalize(stack: Tensor, iterations: int = 5) -> Tensor:
     for _ in range(iterations):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
-    return x.mT if tall else x
+    orthogonal: Tensor = x.mT if tall else x
+    return orthogonal

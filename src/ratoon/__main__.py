@@ -1,0 +1,5 @@
+"""`python -m ratoon`."""
+
+from ratoon.cli.main import main
+
+main()

@@ -1,0 +1,216 @@
+"""The recipe: everything a run is told, in one typed table; and what is derived when it is not told.
+
+Free of torch. Decides keys, defaults and derivations; what the settings do is decided on the floors they belong to.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ratoon.base.errors import ConfigError
+from ratoon.base.settings import Settings, build, merge, read_yaml
+from ratoon.model.config import ModelConfig
+from ratoon.train.settings import TrainSettings
+
+
+class DataSettings(Settings):
+    """Where the text comes from and how it is prepared."""
+
+    sources: tuple[str, ...] = Field((), description="files and folders of text")
+    corpus: str | None = Field(
+        None, description="a name of the catalogue, in place of `sources`; see `ratoon pull --list`"
+    )
+    prepared: str | None = Field(None, description="a folder that `ratoon prepare` made, in place of `sources`")
+    tokenizer: str | None = Field(None, description="a folder with a tokenizer; absent: one is trained, or the model's")
+    vocab_size: int = Field(
+        4096, ge=259, description="tokens of the tokenizer that is trained; read without `tokenizer`"
+    )
+    held_out_fraction: float = Field(0.05, gt=0, lt=0.9, description="share of the documents that is never trained on")
+    split_documents: str = Field(
+        "file", description="what a document is in plain text: file, lines, blank-lines, or a separator of your own"
+    )
+    field: str | None = Field(None, description="the field that holds the text in rows; absent: recognised, and said")
+    encoding: str = Field("utf-8", description="encoding of the sources")
+    on_bad_row: Literal["refuse", "skip"] = Field(
+        "refuse", description="skip: rows that cannot be read are left out, counted"
+    )
+    min_characters: int = Field(0, ge=0, description="shorter texts are left out, counted")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSettings:
+        given = [name for name in ("sources", "corpus", "prepared") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"give one of sources, corpus, prepared; found {', '.join(given) or 'none'}")
+        return self
+
+
+class Size(Settings):
+    """One setting of the dial `size`."""
+
+    layers: int
+    width: int
+    heads: int
+    context_tokens: int
+    rows: int
+
+
+SIZES: dict[str, Size] = {
+    "tiny": Size(layers=4, width=128, heads=4, context_tokens=128, rows=32),
+    "small": Size(layers=6, width=256, heads=4, context_tokens=256, rows=32),
+    "medium": Size(layers=6, width=384, heads=6, context_tokens=256, rows=64),
+    "large": Size(layers=12, width=512, heads=8, context_tokens=512, rows=64),
+    "gpt2": Size(layers=12, width=768, heads=12, context_tokens=1024, rows=256),
+}
+
+
+class ModelSettings(Settings):
+    """The model: one to go on with (`init`), or a new one by `size`, with single settings changed by name."""
+
+    init: str | None = Field(None, description="go on training this model: a run, a folder, a GGUF file, a name")
+    size: Literal["tiny", "small", "medium", "large", "gpt2"] | None = Field(
+        None, description="the dial: layers, width, heads, context and rows follow from it"
+    )
+    settings: dict[str, Any] = Field(
+        {}, description="settings of the Transformer by name (layers, width, family, mlp, …), over those of the size"
+    )
+
+
+class Recipe(Settings):
+    """A pretraining run."""
+
+    name: str = Field("run", description="the run's folder is runs/<name>")
+    language: Literal["en", "zh"] = Field("en", description="language of the page")
+    seed: int = Field(1, ge=0, description="the one seed; every use of chance has its own stream under it")
+    minutes: float | None = Field(None, gt=0, description="the dial: size and schedule follow from the time there is")
+    data: DataSettings
+    model: ModelSettings = ModelSettings.model_construct(init=None, size=None, settings={})
+    train: dict[str, Any] = Field({}, description="see the table `train`")
+    track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        (), description="trackers beside metrics.jsonl"
+    )
+    samples: tuple[str, ...] = Field((), description="prompts that the model goes on from, before and after")
+    sample_tokens: int = Field(80, ge=1, description="new tokens of a sample")
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A value that nobody gave, and why it is what it is."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with everything settled but the vocabulary, which comes with the tokenizer."""
+
+    recipe: Recipe
+    train: TrainSettings
+    shape: dict[str, Any]
+    derived: tuple[Derived, ...]
+
+    def model_config(self, vocab_size: int, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> ModelConfig:
+        """The new model's settings for that tokenizer."""
+        ids = {"bos_id": bos_id, "eos_ids": () if eos_id is None else (eos_id,), "pad_id": pad_id}
+        return build(ModelConfig, {"vocab_size": vocab_size, **ids, **self.shape}, where="model.settings")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved recipe, as it is written into the run's folder."""
+        table = self.recipe.model_dump(mode="json", exclude_defaults=False)
+        table["train"] = self.train.model_dump(mode="json")
+        table["model"]["settings"] = dict(self.shape)
+        return table
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes that come with the package, by name."""
+    folder = Path(str(resources.files("ratoon") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A YAML file, a shipped recipe's name or a table, with dotted `overrides`, as a Recipe.
+
+    Raises `ConfigError` naming file, line and key for whatever does not fit.
+    """
+    if isinstance(recipe, Mapping):
+        table, where = dict(recipe), "recipe"
+    else:
+        path = Path(recipe)
+        if not path.is_file() and str(recipe) in shipped():
+            path = shipped()[str(recipe)]
+        if not path.is_file():
+            raise ConfigError(
+                f"there is no recipe '{recipe}'",
+                where=path,
+                expected="a YAML file, or one of: " + ", ".join(shipped()),
+                fix="`ratoon recipes` lists those that ship",
+            )
+        table, where = read_yaml(path), str(path)
+    return build(Recipe, merge(table, dict(overrides or {})), where=where)
+
+
+def settle(recipe: Recipe, where: str = "recipe") -> Plan:
+    """Derive what the recipe leaves open. Raises `ConfigError` for settings that exclude each other."""
+    derived: list[Derived] = []
+
+    def settle_one(table: dict[str, Any], key: str, value: Any, reason: str) -> None:
+        last = key.rsplit(".", 1)[-1]
+        if table.get(last) is None:
+            table[last] = value
+            derived.append(Derived(key, value, reason))
+
+    train = dict(recipe.train)
+    name = recipe.model.size
+    if recipe.model.init is not None and (recipe.model.size or recipe.model.settings):
+        raise ConfigError(
+            "model.init goes on with a model as it is; size and settings make a new one", where=where, fix="give one"
+        )
+    if name is None and recipe.model.init is None:
+        minutes = recipe.minutes or train.get("budget_minutes")
+        name = "medium" if minutes is None or minutes >= 20 else "small" if minutes >= 3 else "tiny"
+        why = "no minutes given" if minutes is None else f"what learns most in {minutes:g} minutes on two cores"
+        derived.append(Derived("model.size", name, why))
+    if recipe.minutes is not None and "steps" not in train:
+        settle_one(train, "train.budget_minutes", recipe.minutes, "the dial `minutes`")
+    settle_one(train, "train.seed", recipe.seed, "the recipe's seed")
+    shape: dict[str, Any] = {}
+    if name is not None:
+        size = SIZES[name]
+        settle_one(train, "train.context_tokens", size.context_tokens, f"size {name}")
+        settle_one(train, "train.rows", size.rows, f"size {name}")
+        shape = _shape(size, train["context_tokens"]) | recipe.model.settings
+        if "mlp_width" not in recipe.model.settings:
+            shape["mlp_width"] = 4 * shape["width"]
+        for key in ("layers", "width", "heads"):
+            if key not in recipe.model.settings:
+                derived.append(Derived(f"model.settings.{key}", shape[key], f"size {name}"))
+    settings = build(TrainSettings, train, where=f"{where}, train")
+    return Plan(recipe, settings, shape, tuple(derived))
+
+
+def _shape(size: Size, context_tokens: int) -> dict[str, Any]:
+    """Our default architecture, which Transformers knows as NanoChat: RMS norms without gains, normed queries and
+    keys, ReLU² (So et al., arXiv:2109.08668), rotary positions, embedding and head apart."""
+    return {
+        "family": "nanochat",
+        "layers": size.layers,
+        "width": size.width,
+        "heads": size.heads,
+        "context_tokens": context_tokens,
+        "norm_weight": "none",
+        "norm_eps": 1e-6,
+        "embedding_norm": True,
+        "qk_norm": "after_rope",
+        "rope_sign": -1,
+        "mlp": "relu2",
+        "tied_embeddings": False,
+    }

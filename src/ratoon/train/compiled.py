@@ -1,0 +1,53 @@
+"""Compiling the model for training, and going on without where no compiler is.
+
+Decides what is handed to `torch.compile`: the whole model, its blocks, or nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ratoon.model.transformer import Transformer
+from ratoon.train.settings import TrainSettings
+
+WHOLE_MODEL_LAYERS = 8
+"""Up to here the whole model is compiled (one graph, the least time between operations); deeper ones block by block,
+so that a block is compiled once for all layers instead of once for each."""
+
+
+def compile_model(model: Transformer, settings: TrainSettings) -> str:
+    """Mark `model` for compilation as `settings.compile` says; returns a sentence on what was decided and why.
+
+    The compilation itself happens at the first step. Where none is possible the model runs as it is: slower, equal.
+    """
+    if settings.compile == "off":
+        return "not compiled: train.compile is off"
+    if (reason := _missing_compiler()) is not None:
+        return f"not compiled, which costs speed and nothing else: {reason}"
+    what, why = settings.compile, "as train.compile says"
+    if what == "auto":
+        whole = model.cfg.layers <= WHOLE_MODEL_LAYERS and model.cfg.moe is None and not settings.recompute_blocks
+        what = "model" if whole else "blocks"
+        why = f"{model.cfg.layers} layers" if model.cfg.moe is None else "experts"
+    if what == "model":
+        model.compile(dynamic=False)
+        return f"compiled as a whole ({why}); the first step takes longer"
+    for block in model.layers:
+        block.compile(dynamic=False)
+    return f"compiled block by block ({why}); the first step takes longer"
+
+
+def _missing_compiler() -> str | None:
+    """Why nothing can be compiled here, or None: found out by compiling a line."""
+    try:
+        probe = torch.compile(_line, dynamic=False)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        probe(torch.ones(16, device=device))
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        return f"{first[0][:160]} (a C++ compiler such as g++ makes it possible)"
+    return None
+
+
+def _line(x: torch.Tensor) -> torch.Tensor:
+    return x.sigmoid() * x
