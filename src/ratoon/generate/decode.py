@@ -210,9 +210,9 @@ def generate(
 
     `decoder` makes a stream decoder for what follows a prompt (text and stop texts need one). `eos_ids`: the
     model's own if absent. `sources`: an encoder-decoder's source ids, one for each prompt. `on_text(prompt
-    number, new text)` is called as text comes: whole characters, never a part of a stop text. `kernel`: single tokens are read by the C step where it
-    can be had ("auto"), always ("native", or an error), or never ("torch"). Raises `ConfigError` for
-    settings that cannot be met here, `DataError` for a prompt that does not fit (see `fit`).
+    number, new text)` is called as text comes: whole characters, never a part of a stop text. `kernel`: single
+    tokens are read by the C step where it can be had ("auto"), always ("native", or an error), or never ("torch").
+    Raises `ConfigError` for settings that cannot be met here, `DataError` for a prompt that does not fit (see `fit`).
     """
     sampling = sampling or Sampling()
     transformer = model.decoder if isinstance(model, EncoderDecoder) else model
