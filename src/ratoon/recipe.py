@@ -61,6 +61,8 @@ class Size(Settings):
     rows: int
 
 
+TOKENS_A_PARAMETER = 20
+
 SIZES: dict[str, Size] = {
     "tiny": Size(layers=4, width=128, heads=4, context_tokens=128, rows=32),
     "small": Size(layers=6, width=256, heads=4, context_tokens=256, rows=32),
@@ -127,6 +129,8 @@ class Plan:
         table = self.recipe.model_dump(mode="json", exclude_defaults=False)
         table["train"] = self.train.model_dump(mode="json")
         table["model"]["settings"] = dict(self.shape)
+        if table["model"]["size"] is None:
+            table["model"]["size"] = next((one.value for one in self.derived if one.key == "model.size"), None)
         return table
 
 
@@ -193,8 +197,24 @@ def settle(recipe: Recipe, where: str = "recipe") -> Plan:
         for key in ("layers", "width", "heads"):
             if key not in recipe.model.settings:
                 derived.append(Derived(f"model.settings.{key}", shape[key], f"size {name}"))
+    if shape and train.get("steps") is None and train.get("budget_minutes") is None:
+        parameters = _about_parameters(shape, recipe.data.vocab_size)
+        tokens = TOKENS_A_PARAMETER * parameters
+        settle_one(
+            train,
+            "train.steps",
+            max(1, round(tokens / (train["rows"] * train["context_tokens"]))),
+            f"{TOKENS_A_PARAMETER} tokens for each of about {parameters / 1e6:.1f} million parameters "
+            "(Hoffmann et al., arXiv:2203.15556)",
+        )
     settings = build(TrainSettings, train, where=f"{where}, train")
     return Plan(recipe, settings, shape, tuple(derived))
+
+
+def _about_parameters(shape: Mapping[str, Any], vocab_size: int) -> int:
+    """Parameters of a model of that shape: four attention matrices and an MLP a layer, embedding and head."""
+    width = int(shape["width"])
+    return int(shape["layers"]) * (4 * width * width + 2 * width * int(shape["mlp_width"])) + 2 * width * vocab_size
 
 
 def _shape(size: Size, context_tokens: int) -> dict[str, Any]:

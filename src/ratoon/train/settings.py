@@ -73,7 +73,7 @@ class TrainSettings(Settings):
         return self
 
     def without_effect(self) -> list[str]:
-        """A sentence for each setting that was given and that nothing reads beside the others."""
+        """A sentence for each setting that was changed and that nothing reads beside the others."""
         unread: dict[str, tuple[bool, str]] = {
             "matrix_learning_rate": (self.optimizer != "muon", f"optimizer: {self.optimizer}"),
             "momentum": (self.optimizer != "muon", f"optimizer: {self.optimizer}"),
@@ -84,5 +84,5 @@ class TrainSettings(Settings):
         return [
             f"train.{key} has no effect with {other}"
             for key, (idle, other) in unread.items()
-            if idle and key in self.model_fields_set
+            if idle and getattr(self, key) != type(self).model_fields[key].default
         ]
