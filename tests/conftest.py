@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct, fetched once into the cache folder of this machine."""
-    from ratoon.base.catalog import obtain
+    from ratoon.store.fetch import obtain
 
     folder = obtain("smollm2-135m-instruct", talk=print)
     return next(folder.glob("*.gguf"))

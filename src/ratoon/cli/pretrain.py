@@ -165,7 +165,7 @@ class _Job:
         reading = Reading(data.field, data.split_documents, data.encoding, data.on_bad_row)
         sources: list[Path] = [Path(source) for source in data.sources]
         if data.corpus is not None:
-            from ratoon.base.catalog import corpus_sources, obtain
+            from ratoon.store.fetch import corpus_sources, obtain
 
             obtain(data.corpus, talk=self.talk)
             sources = corpus_sources(data.corpus)
