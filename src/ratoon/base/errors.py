@@ -90,7 +90,8 @@ class GateError(RatoonError):
     exit_code = 3
 
 
-_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EIO, errno.EPERM}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EROFS, errno.EIO, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 @contextmanager
@@ -105,15 +106,17 @@ def storage_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         # the system's number in the words.
         words = re.search(r"os error (\d+)", str(error))
         number = error.errno if isinstance(error, OSError) else int(words.group(1)) if words else None
-        full = number in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or "No space left" in str(error)
-        if number not in _STORAGE_ERRNOS and not full:
+        if number in _FULL or "No space left" in str(error):
+            found, expected, first = "the disk is full", "room for the whole file beside the old one", "free some space"
+        elif number in _REFUSED:
+            found = f"the file could not be written: {getattr(error, 'strerror', None) or error}"
+            expected, first = "a folder that can be written to", "mend what stands in the way"
+        else:
             raise
         raise StorageError(
-            "the disk is full"
-            if full
-            else f"the file could not be written: {getattr(error, 'strerror', None) or error}",
+            found,
             where=path,
-            expected="room for the whole file beside the old one",
-            fix="free some space or choose another folder, then run the same command again (with --resume "
-            "for a run); what stood there before is whole",
+            expected=expected,
+            fix=f"{first} or choose another folder, then run the same command again (with --resume for a run); "
+            "what stood there before is whole",
         ) from error

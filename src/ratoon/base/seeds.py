@@ -13,7 +13,8 @@ import numpy as np
 
 def derive(seed: int, *names: str | int) -> int:
     """A 63-bit seed for the stream called `names` under `seed`; for `torch.Generator.manual_seed`."""
-    text = "\x1f".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
+    plain = [str(name).replace("\\", r"\\").replace("\x1f", r"\u") for name in names]
+    text = "\x1f".join([str(seed), *(f"{type(name).__name__}:{word}" for name, word in zip(names, plain, strict=True))])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 

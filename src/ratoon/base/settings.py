@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from ratoon.base.errors import ConfigError
@@ -23,45 +24,87 @@ from ratoon.base.errors import ConfigError
 class Settings(BaseModel):
     """A table of settings: unknown keys are refused, values are typed, instances do not change.
 
-    `protected_namespaces` is emptied so that a key may be called `model…`.
+    `protected_namespaces` is emptied so that a key may be called `model…`. Numbers are finite, and `true` is none.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name is not None:
+            kinds = _kinds_in(cls.model_fields[info.field_name].annotation)
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("a number is expected, not true or false")
+        return value
+
+
+def _kinds_in(annotation: Any) -> set[Any]:
+    """The classes that an annotation names, inside unions too (not inside lists and tables)."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return {kind for argument in get_args(annotation) for kind in _kinds_in(argument)}
+    if get_origin(annotation) is Annotated:
+        return _kinds_in(get_args(annotation)[0])
+    return {annotation} if isinstance(annotation, type) else set()
 
 
 S = TypeVar("S", bound=Settings)
 
 
+COMMAND_LINE = "command line"
+
+
 class _Mapping(dict[str, Any]):
-    """A mapping that remembers the line of each of its keys."""
+    """A mapping that remembers the line of each of its keys; 0 is the command line."""
 
     lines: dict[str, int]
 
 
 class _LineLoader(yaml.SafeLoader):
-    """YAML's safe loader; keeps line numbers, refuses a key that stands twice."""
+    """YAML's safe loader; keeps line numbers, refuses a key that stands twice.
+
+    Words and numbers are YAML 1.2's. YAML 1.1 reads `1e-3` as a string, `off` and `no` as false, `010` as eight,
+    `1:30` as ninety and `2024-05-01` as a date: each a trap in a table of settings.
+    """
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
 
 def _construct_mapping(loader: _LineLoader, node: yaml.MappingNode) -> _Mapping:
-    loader.flatten_mapping(node)
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, (dict, list)):
+            raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands twice", problem_mark=key_node.start_mark)
+        seen.add(key)
+    loader.flatten_mapping(node)  # `<<: *other`: what stands here wins over what is merged in
     mapping = _Mapping()
     mapping.lines = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
-        if key in mapping:
-            raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands twice", problem_mark=key_node.start_mark)
         mapping.lines[str(key)] = key_node.start_mark.line + 1
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
 
 
 _LineLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-# YAML 1.1 reads 1e-3 as a string: in tables of learning rates that is a trap, so numbers are numbers.
-_LineLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
-    list("-+0123456789"),
-)
+for _kind, _pattern, _first in (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    (
+        "float",
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+|[0-9][0-9_]*\.[0-9_]*)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        list("-+0123456789."),
+    ),
+    ("merge", r"^<<$", ["<"]),
+):
+    _LineLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), _first)
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -73,6 +116,8 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError("there is no such file", where=path, expected="a YAML recipe") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"not UTF-8 at byte {error.start}", where=path, fix="save the file as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"the file cannot be read: {error.strerror}", where=path, expected="a YAML recipe") from None
     try:
         found = yaml.load(text, Loader=_LineLoader)
     except yaml.MarkedYAMLError as error:
@@ -93,13 +138,11 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign or not key.strip():
-            raise ConfigError(
-                f"'{text}' is not key=value", where="command line", expected="for example train.steps=200"
-            )
+            raise ConfigError(f"'{text}' is not key=value", where=COMMAND_LINE, expected="for example train.steps=200")
         try:
-            values[key.strip()] = yaml.load(value, Loader=_LineLoader) if value.strip() else None
+            values[key.strip()] = yaml.load(value, Loader=_LineLoader)
         except yaml.YAMLError as error:
-            raise ConfigError(f"the value of '{key}' is not readable as YAML: {error}", where="command line") from None
+            raise ConfigError(f"the value of '{key}' is not readable as YAML: {error}", where=COMMAND_LINE) from None
     return values
 
 
@@ -112,7 +155,8 @@ def merge(table: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
         for parent in parents:
             inner = place.get(parent)
             if inner is None:
-                inner = place[parent] = {}
+                inner = place[parent] = _Mapping()
+                inner.lines = {}
             if not isinstance(inner, dict):
                 raise ConfigError(
                     f"'{parent}' is a value, not a table",
@@ -121,6 +165,8 @@ def merge(table: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
                 )
             place = inner
         place[last] = value
+        if isinstance(place, _Mapping):
+            place.lines[last] = 0
     return merged
 
 
@@ -151,7 +197,7 @@ def _explain(kind: type[Settings], table: dict[str, Any], details: list[ErrorDet
     detail = details[0]
     path = [str(part) for part in detail["loc"]]
     line = _line_of(table, path)
-    place = f"{where}:{line}" if line else where
+    place = where if line is None else COMMAND_LINE if line == 0 else f"{where}:{line}"
     dotted = ".".join(path)
     more = f"; {len(details) - 1} more after it" if len(details) > 1 else ""
     if detail["type"] == "extra_forbidden":
