@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 import little
 from ratoon.data.batch import Batch
+from ratoon.model import likelihood
+from ratoon.model.likelihood import token_losses
 from ratoon.model.transformer import Transformer
 from ratoon.train import loss as loss_module
-from ratoon.train.loss import Inputs, cross_entropy, next_token, token_losses
+from ratoon.train.loss import Inputs, cross_entropy, next_token
 
 N = (5, 12)
 CPU = torch.device("cpu")
@@ -149,7 +151,7 @@ def test_without_gradients_the_value_is_the_same() -> None:
 
 @pytest.mark.parametrize("chunk", [1 << 24, 7 * little.VOCAB, 1])
 def test_token_losses(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_NUMBERS", chunk)
+    monkeypatch.setattr(likelihood, "CHUNK_NUMBERS", chunk)
     made = little.model(logit_softcap=1.5, tied_embeddings=False, head_bias=True)
     hidden, targets, _ = parts(made)
     with torch.no_grad():

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ratoon.base.errors import ConfigError
 from ratoon.base.seeds import stream
 from ratoon.data.batch import Batch
-from ratoon.data.pack import Grid, stream_grid, stream_rows
+from ratoon.data.pack import Grid, stream_grid, stream_rows, strided_grid
 from ratoon.data.shards import Shards
 
 
@@ -95,16 +95,28 @@ def _join(pieces: list[Batch]) -> Batch:
     )
 
 
+def held_out_grid(
+    shards: Shards, *, context_tokens: int, limit_tokens: int | None = None, stride_tokens: int | None = None
+) -> tuple[Grid, int]:
+    """The rows that go once over the shards, and how many tokens a row has (fewer than `context_tokens` in a short
+    text). With `limit_tokens`, rows spread evenly over the text that learn at most so many (one row at least)."""
+    row_tokens = min(context_tokens, shards.n_tokens - 1)
+    grid = strided_grid(shards.n_tokens, row_tokens, min(stride_tokens or row_tokens, row_tokens))
+    learned = grid.learned_to - grid.learned_from
+    if limit_tokens is not None and limit_tokens < int(learned.sum()):
+        count = max(1, limit_tokens // row_tokens)
+        if stride_tokens is not None:  # all rows but the first learn no more than the stride
+            count = max(1, 1 + (limit_tokens - row_tokens) // min(stride_tokens, row_tokens))
+        numbers = np.unique(np.linspace(0, len(grid) - 1, count).round().astype(np.int64))
+        grid = Grid(grid.starts[numbers], grid.learned_from[numbers], grid.learned_to[numbers])
+    return grid, row_tokens
+
+
 def held_out_batches(
     shards: Shards, *, rows: int, context_tokens: int, limit_tokens: int | None = None
 ) -> Iterator[Batch]:
     """Every target of the shards exactly once, in order; with `limit_tokens`, the rows spread evenly over the text
-    that hold about so many."""
-    grid = stream_grid(shards.n_tokens, min(context_tokens, shards.n_tokens - 1))
-    row_tokens = min(context_tokens, shards.n_tokens - 1)
-    numbers = np.arange(len(grid), dtype=np.int64)
-    if limit_tokens is not None and limit_tokens < shards.n_tokens:
-        count = max(1, limit_tokens // row_tokens)
-        numbers = np.unique(np.linspace(0, len(grid) - 1, count).round().astype(np.int64))
-    for start in range(0, len(numbers), rows):
-        yield stream_rows(shards, grid, numbers[start : start + rows], row_tokens)
+    that hold at most so many (one row at least)."""
+    grid, row_tokens = held_out_grid(shards, context_tokens=context_tokens, limit_tokens=limit_tokens)
+    for start in range(0, len(grid), rows):
+        yield stream_rows(shards, grid, np.arange(start, min(start + rows, len(grid))), row_tokens)

@@ -62,6 +62,21 @@ def stream_grid(tokens: int, row_tokens: int, offset: int = 0) -> Grid:
     return Grid(np.concatenate(starts), np.concatenate(begin), np.concatenate(end))
 
 
+def strided_grid(tokens: int, row_tokens: int, stride_tokens: int) -> Grid:
+    """Rows over a stream that begin every `stride_tokens` and learn only what no earlier row did.
+
+    The smaller the stride, the more text a token has before it (at least `row_tokens` - `stride_tokens`, after the
+    first row), and the more rows there are. Raises `DataError` when the stream is shorter than one row and its target.
+    """
+    assert 1 <= stride_tokens <= row_tokens
+    if stride_tokens == row_tokens:
+        return stream_grid(tokens, row_tokens)
+    last = stream_grid(tokens, row_tokens).starts[-1]
+    starts = np.append(np.arange(0, last, stride_tokens, dtype=np.int64), last)
+    begin = np.append(np.zeros(1, np.int64), row_tokens - np.diff(starts))
+    return Grid(starts, begin, np.full(len(starts), row_tokens, np.int64))
+
+
 def stream_rows(shards: Shards, grid: Grid, rows: npt.NDArray[np.int64], row_tokens: int) -> Batch:
     """The rows of a grid with the given numbers as a Batch.
 

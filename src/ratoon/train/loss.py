@@ -15,10 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ratoon.data.batch import Batch
+from ratoon.model.likelihood import CHUNK_NUMBERS
 from ratoon.model.transformer import Transformer, balance_loss
-
-CHUNK_NUMBERS = 1 << 24
-"""Scores held at once (64 MiB as float32): small enough to matter, large enough to keep the matrix product busy."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +84,6 @@ def cross_entropy(model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor, we
         hidden_ND, head_VD, bias_V, targets_N, weight_N, model.cfg.logit_softcap
     )
     return total
-
-
-@torch.no_grad()
-def token_losses(model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-    """-log p(target) of each position (B, T) float32, without holding all scores at once."""
-    hidden_ND, targets_N = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1)
-    rows = max(1, CHUNK_NUMBERS // model.cfg.vocab_size)
-    parts = [
-        F.cross_entropy(model.logits(h).float(), t, reduction="none")
-        for h, t in zip(torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True)
-    ]
-    return torch.cat(parts).view(targets_BT.shape)
 
 
 class _CrossEntropy(torch.autograd.Function):
