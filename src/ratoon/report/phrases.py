@@ -1,0 +1,317 @@
+"""Every phrase of the page, English and Chinese side by side: one table, so that neither can lack what the other says.
+
+Decides wording and how numbers are written. `{name}` stands for a value.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Literal
+
+Language = Literal["en", "zh"]
+
+PHRASES: dict[str, tuple[str, str]] = {
+    # -- frame -------------------------------------------------------------------------------------------------
+    "html_lang": ("en", "zh-Hans"),
+    "page_of": ("Training report", "训练报告"),
+    "contents": ("Contents", "目录"),
+    "offline": (
+        "This page is one file: it asks nothing of the network and runs no script from elsewhere.",
+        "本页是单个文件：不访问网络，也不运行任何外来脚本。",
+    ),
+    "written": (
+        "Written by Ratoon from the records in the run’s folder.",
+        "由 Ratoon 根据该次运行文件夹中的记录生成。",
+    ),
+    "copy": ("Copy", "复制"),
+    "copied": ("Copied", "已复制"),
+    "none_yet": ("Nothing is on record yet.", "尚无记录。"),
+    # -- status ------------------------------------------------------------------------------------------------
+    "status_done": ("finished", "已完成"),
+    "status_running": ("not ended", "尚未结束"),
+    "status_interrupted": ("interrupted", "已中断"),
+    "status_failed": ("failed", "失败"),
+    "status_unknown": ("status unknown", "状态未知"),
+    "banner_running": (
+        "This run has no end on record: it was still at work when the page was written, or it was killed.",
+        "该次运行没有结束记录：生成本页时它仍在进行，或者已被强行终止。",
+    ),
+    "banner_interrupted": (
+        "This run was interrupted before its end; what is shown is what it had reached.",
+        "该次运行在结束前被中断；以下是中断时的进展。",
+    ),
+    "banner_failed": (
+        "This run failed; what is shown is what it had reached.",
+        "该次运行失败；以下是失败前的进展。",
+    ),
+    "banner_unknown": (
+        "The run’s manifest does not say how it stands.",
+        "运行清单没有说明其状态。",
+    ),
+    "reason": ("Reason", "原因"),
+    "no_reason": ("no reason is on record", "没有记录原因"),
+    "reached": ("Reached: step {step}, {percent} of the plan.", "进度：第 {step} 步，计划的 {percent}。"),
+    "reached_step": ("Reached: step {step}.", "进度：第 {step} 步。"),
+    "reached_nothing": ("No training step is on record.", "尚无训练步的记录。"),
+    "torn": (
+        "{count} lines of metrics.jsonl could not be read (a crash cuts a line) and are left out.",
+        "metrics.jsonl 中有 {count} 行无法读取（程序崩溃会截断一行），未计入。",
+    ),
+    "not_finite": (
+        "{count} values on record are not finite numbers and are not drawn.",
+        "记录中有 {count} 个值不是有限数，未绘出。",
+    ),
+    # -- lead --------------------------------------------------------------------------------------------------
+    "lead_scratch": (
+        "A GPT with {parameters} parameters, trained from scratch on {sources}.",
+        "一个有 {parameters} 个参数的 GPT，在 {sources} 上从零训练。",
+    ),
+    "lead_init": (
+        "A GPT with {parameters} parameters: {init}, trained further on {sources}.",
+        "一个有 {parameters} 个参数的 GPT：以 {init} 为起点，在 {sources} 上继续训练。",
+    ),
+    "lead_no_model": (
+        "The run ended before a model was made.",
+        "在建立模型之前，运行就已停止。",
+    ),
+    "lead_seen": (
+        "It learned from {tokens} tokens in {time} of training.",
+        "它在 {time} 的训练中学习了 {tokens} 个词元。",
+    ),
+    "lead_seen_passes": (
+        "It learned from {tokens} tokens ({passes} passes over the training part) in {time} of training.",
+        "它在 {time} 的训练中学习了 {tokens} 个词元（训练部分的 {passes} 遍）。",
+    ),
+    "lead_bits": (
+        "Of each byte of text that it has never seen, it leaves {bits} bits unpredicted; before training it was "
+        "{before}.",
+        "对从未见过的文本，它每字节还有 {bits} 比特未能预测；训练前为 {before}。",
+    ),
+    "list_and": (", ", "、"),
+    # -- headings ----------------------------------------------------------------------------------------------
+    "h_result": ("Result", "结果"),
+    "h_curves": ("Curves", "曲线"),
+    "h_samples": ("Samples", "样本"),
+    "h_ledger": ("Ledger of the data", "数据账目"),
+    "h_derived": ("Derived settings", "推导出的设置"),
+    "h_recipe": ("Recipe", "配方"),
+    "h_machine": ("Machine", "机器"),
+    "h_next": ("Next commands", "接下来的命令"),
+    "h_log": ("Log", "日志"),
+    # -- result ------------------------------------------------------------------------------------------------
+    "held_out_loss": ("Held-out loss", "留出损失"),
+    "perplexity": ("Perplexity", "困惑度"),
+    "bits_per_byte": ("Bits per byte", "每字节比特数"),
+    "interval": ("interval {low} – {high}", "区间 {low} – {high}"),
+    "n_tokens": ("n = {n} tokens", "n = {n} 个词元"),
+    "nats": ("nats per token", "奈特／词元"),
+    "training_time": ("Training time", "训练用时"),
+    "speed": ("Speed", "速度"),
+    "speed_unit": ("tokens/s", "词元/秒"),
+    "speed_note": ("median of {n} records", "{n} 条记录的中位数"),
+    "peak_memory": ("Peak memory", "内存峰值"),
+    "peak_note": ("highest of {n} records", "{n} 条记录中的最高值"),
+    "tokens_learned": ("Tokens learned", "学习的词元"),
+    "steps_note": ("in {n} steps", "共 {n} 步"),
+    "compare": ("How good is that?", "这有多好？"),
+    "compare_note": (
+        "Lower is better. Loss is the mean negative log-likelihood of a held-out token in nats; perplexity is its "
+        "exponential; bits per byte divide by the text’s bytes and so compare across tokenizers. The bars show the "
+        "loss.",
+        "越低越好。损失是留出部分每个词元的平均负对数似然（奈特）；困惑度是其指数；每字节比特数除以文本的字节数，"
+        "因此可在不同分词器之间比较。条形表示损失。",
+    ),
+    "row_uniform": ("Uniform guess over {n} tokens", "在 {n} 个词元上均匀猜测"),
+    "row_untrained": ("Before training (step 0)", "训练前（第 0 步）"),
+    "row_start": ("The model it started from (step 0)", "作为起点的模型（第 0 步）"),
+    "row_final": ("The model of this run (step {step})", "本次运行的模型（第 {step} 步）"),
+    "row_latest": ("Latest measurement (step {step})", "最近一次测量（第 {step} 步）"),
+    "col_who": ("Predictor", "预测者"),
+    "col_n": ("n (tokens)", "n（词元）"),
+    "col_interval": ("Interval of the loss", "损失的区间"),
+    "by_definition": ("by definition", "按定义"),
+    "best_step": (
+        "The model that was kept is that of step {best}, the best on held-out text; the last step was {last}.",
+        "保留的是第 {best} 步的模型，它在留出文本上最好；最后一步是第 {last} 步。",
+    ),
+    "no_evaluation": ("No held-out measurement is on record.", "没有留出测量的记录。"),
+    # -- curves ------------------------------------------------------------------------------------------------
+    "loss": ("Loss", "损失"),
+    "learning_rate": ("Learning rate", "学习率"),
+    "throughput": ("Throughput", "吞吐量"),
+    "memory": ("Memory of the process", "进程内存"),
+    "gradient_norm": ("Gradient norm", "梯度范数"),
+    "unit_loss": ("nats per token", "奈特／词元"),
+    "unit_learning_rate": ("of AdamW", "AdamW 的"),
+    "unit_throughput": ("tokens per second", "词元每秒"),
+    "unit_memory": ("MB", "MB"),
+    "unit_gradient_norm": ("before clipping", "裁剪之前"),
+    "legend_train": ("training", "训练"),
+    "legend_smooth": ("training, mean of {n} neighbouring records", "训练，相邻 {n} 条记录的平均"),
+    "legend_held_out": ("held-out", "留出"),
+    "legend_best": ("best held-out: {loss} at step {step}", "最佳留出：第 {step} 步，{loss}"),
+    "legend_uniform": ("uniform guess: {loss}", "均匀猜测：{loss}"),
+    "log_axis": ("logarithmic axis", "对数轴"),
+    "axis_step": ("step", "步"),
+    "thinned": (
+        "{n} records; of each stretch the lowest and the highest are drawn",
+        "{n} 条记录；每一段绘出最低与最高者",
+    ),
+    "records": ("{n} records", "{n} 条记录"),
+    "curve_label": (
+        "{title} by step: from {first} at step {start} to {last} at step {end}; lowest {low}, highest {high}.",
+        "{title}随步数的变化：从第 {start} 步的 {first} 到第 {end} 步的 {last}；最低 {low}，最高 {high}。",
+    ),
+    "eval_table": ("Held-out measurements as a table", "留出测量表"),
+    "col_step": ("Step", "步"),
+    "col_tokens": ("Tokens", "词元"),
+    "col_time": ("Time", "时间"),
+    "skipped": (
+        "{n} steps were left out because the float16 loss scale was too high for them.",
+        "有 {n} 步因 float16 损失缩放过高而被跳过。",
+    ),
+    # -- samples -----------------------------------------------------------------------------------------------
+    "samples_note": (
+        "The same prompts before and after training. The prompt is underlined; everything after it is the model’s.",
+        "训练前后使用相同的提示。下划线部分是提示，其后均由模型写出。",
+    ),
+    "before": ("Before", "训练前"),
+    "after": ("After", "训练后"),
+    "at_step": ("step {step}", "第 {step} 步"),
+    "between": ("In between ({n})", "训练中（{n}）"),
+    "empty_sample": ("(nothing)", "（无输出）"),
+    # -- ledger ------------------------------------------------------------------------------------------------
+    "ledger_note": (
+        "Everything that was read is booked once, under one reason.",
+        "读入的一切都只记一次账，并各有一个理由。",
+    ),
+    "col_account": ("Account", "科目"),
+    "col_documents": ("Documents", "文档"),
+    "col_bytes": ("Bytes", "字节"),
+    "col_share": ("Share of bytes", "字节占比"),
+    "read": ("Read", "读入"),
+    "sum": ("Sum of the accounts", "各科目之和"),
+    "adds_up": ("The sum equals what was read.", "总和与读入相等。"),
+    "does_not_add_up": (
+        "The sum differs from what was read: something was lost or booked twice.",
+        "总和与读入不相等：有内容丢失或被重复记账。",
+    ),
+    "kept_total": (
+        "{kept} of {read} documents were kept: {train} to learn from, {held_out} held out to measure with.",
+        "{read} 篇文档中保留了 {kept} 篇：{train} 篇用于学习，{held_out} 篇留出用于测量。",
+    ),
+    "account_train": ("Training part", "训练部分"),
+    "account_held_out": ("Held-out part", "留出部分"),
+    "account_duplicate": ("Exact duplicates", "完全重复"),
+    "account_empty": ("Empty", "空白"),
+    "account_too_short": ("Too short", "过短"),
+    "account_cut": ("Cut", "截断"),
+    "account_bad_row": ("Unreadable rows", "无法读取的行"),
+    "places": ("Where: {account} ({n})", "位置：{account}（{n}）"),
+    "places_more": ("{shown} of {n} places are shown; all are in {file}", "显示 {n} 处中的 {shown} 处；全部见 {file}"),
+    "ledger_missing": (
+        "The ledger is not written yet: the data was not prepared.",
+        "尚无账目：数据还没有准备好。",
+    ),
+    # -- derived, recipe, machine, next ------------------------------------------------------------------------
+    "derived_note": (
+        "Nobody gave these values; they follow from the others.",
+        "这些值并未给出，而是由其他值推导而来。",
+    ),
+    "derived_none": ("Every value was given.", "所有值均已给出。"),
+    "col_key": ("Key", "键"),
+    "col_value": ("Value", "值"),
+    "col_why": ("Why", "原因"),
+    "recipe_note": (
+        "Resolved: every setting, given or derived. Saved as a file it repeats the run.",
+        "完整解析后的配方：包含给定与推导出的每一项设置。存为文件即可重复该次运行。",
+    ),
+    "recipe_missing": ("The recipe was not settled yet.", "配方尚未确定。"),
+    "machine_missing": ("The machine is not on record.", "没有机器的记录。"),
+    "next_note": ("Type these where the folder of the run lies.", "在运行文件夹所在之处输入这些命令。"),
+    "m_system": ("System", "系统"),
+    "m_processor": ("Processor", "处理器"),
+    "m_cores": ("Cores", "核心"),
+    "m_threads": ("Threads", "线程"),
+    "m_memory_bytes": ("Memory", "内存"),
+    "m_gpu": ("GPU", "GPU"),
+    "m_gpu_memory_bytes": ("Memory of the GPU", "显存"),
+    "m_python": ("Python", "Python"),
+    "m_torch": ("PyTorch", "PyTorch"),
+    "m_model": ("Model", "模型"),
+    "model_line": (
+        "{family}, {layers} layers, {width} wide, {heads} heads, context of {context} tokens, vocabulary of {vocab}",
+        "{family}，{layers} 层，宽 {width}，{heads} 个头，上下文 {context} 个词元，词表 {vocab}",
+    ),
+    "log_tail": ("The last {n} lines of log.txt", "log.txt 的最后 {n} 行"),
+    # -- units -------------------------------------------------------------------------------------------------
+    "u_seconds": ("{n} s", "{n} 秒"),
+    "u_minutes": ("{m} min {s} s", "{m} 分 {s} 秒"),
+    "u_hours": ("{h} h {m} min", "{h} 小时 {m} 分"),
+}
+
+SENTENCES_ZH: tuple[tuple[str, str], ...] = (
+    (r"the dial `minutes`", "来自 `minutes`"),
+    (r"the recipe's seed", "配方的种子"),
+    (r"no minutes given", "未给出分钟数"),
+    (r"size (\w+)", r"规格 \1"),
+    (r"what learns most in ([\d.e+-]+) minutes on two cores", r"在双核上 \1 分钟内学得最多的规格"),
+    (
+        r"(\d+) tokens for each of about ([\d.]+) million parameters \((.+)\)",
+        r"约 \2 百万参数，每个参数 \1 个词元（\3）",
+    ),
+    (r"stopped by the user; `(.+)` goes on", r"由用户停止；`\1` 可继续"),
+    (r"not read, kind unknown: (.+)", r"未读取，类型未知：\1"),
+    (r"text is taken from the field '(.+)' of (.+)", r"文本取自 \2 的字段 '\1'"),
+    (r"one document only: its last part, from (.+) on, is held out", r"只有一篇文档：自 \1 起的最后部分被留出"),
+)
+"""Sentences that other floors write into the records, and what the Chinese page says in their place."""
+
+
+def phrase(key: str, language: Language) -> str:
+    """The phrase of that key."""
+    return PHRASES[key][0 if language == "en" else 1]
+
+
+def sentence(text: str, language: Language) -> str:
+    """A sentence from the records in the page's language where it is known, else as it stands."""
+    if language == "zh":
+        for pattern, chinese in SENTENCES_ZH:
+            found = re.fullmatch(pattern, text)
+            if found:
+                return found.expand(chinese)
+    return text
+
+
+def whole(value: float) -> str:
+    """A count with thousands separated."""
+    return f"{value:,.0f}"
+
+
+def figure(value: float, digits: int = 4) -> str:
+    """A measured value: `digits` significant digits at least, thousands separated, never an exponent below 1e15."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    after = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{after}f}"
+
+
+def size(value: float) -> str:
+    """Bytes with a decimal unit: 1 MB = 1,000,000 bytes."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(value) >= unit:
+            return f"{value / unit:,.1f} {name}" if value / unit < 100 else f"{value / unit:,.0f} {name}"
+    return f"{value:,.0f} B"
+
+
+def duration(seconds: float, language: Language) -> str:
+    """Seconds as people say them."""
+    if seconds < 60:
+        return phrase("u_seconds", language).format(n=f"{seconds:.1f}")
+    total = round(seconds)
+    if total < 3600:
+        return phrase("u_minutes", language).format(m=total // 60, s=total % 60)
+    return phrase("u_hours", language).format(h=whole(total // 3600), m=total % 3600 // 60)
