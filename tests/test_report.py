@@ -41,12 +41,20 @@ def loss_at(step: int) -> float:
 
 def evaluation(step: int, n_tokens: int = 28_600) -> dict[str, Any]:
     loss = loss_at(step) + 0.05
+    bits = loss * 28_184 / 105_411 / math.log(2)
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
-        "bits_per_byte": loss * 28_621 / 105_411 / math.log(2),
         "interval": [loss - 0.03, loss + 0.03],
+        "perplexity": math.exp(loss),
+        "perplexity_interval": [math.exp(loss - 0.03), math.exp(loss + 0.03)],
+        "bits_per_byte": bits,
+        "bits_per_byte_interval": [bits - 0.011, bits + 0.012],
+        "interval_of": "documents",
         "n_tokens": n_tokens,
+        "n_text_tokens": 28_184,
+        "n_documents": 437,
+        "n_bytes": 105_411,
+        "signature": "ratoon 0.1.0, bfloat16, tokenizer 0123456789ab, text ba9876543210",
     }
 
 
@@ -92,7 +100,7 @@ def make_run(root: Path, *, steps: int = STEPS, every: int = 10, language: str =
         "minutes": 3.0,
         "data": {"corpus": "python-docs", "vocab_size": VOCAB, "held_out_fraction": 0.05},
         "model": {"size": "small", "settings": {"layers": 6, "width": 256}},
-        "train": {"rows": 32, "context_tokens": 256, "learning_rate": 0.003},
+        "train": {"rows": 32, "context_tokens": 256, "optimizer": "muon", "learning_rate": 0.003, "matrix_learning_rate": 0.02},
         "samples": list(PROMPTS),
     }
     run.recipe_path.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -9,6 +9,7 @@ that models with different tokenizers can be compared. Which rows there are is `
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,11 @@ class Report:
         return int(self.documents.tokens.sum())
 
     @property
+    def n_text_tokens(self) -> int:
+        """Predicted tokens of the text itself, end tokens left out: those of `bits_per_byte`."""
+        return int(self.documents.text_tokens.sum())
+
+    @property
     def n_documents(self) -> int:
         """Documents with at least one predicted token."""
         return len(self.documents.units)
@@ -150,6 +156,7 @@ class Report:
             "bits_per_byte_interval": None if bits is None else list(bits),
             "interval_of": self.interval_of,
             "n_tokens": self.n_tokens,
+            "n_text_tokens": self.n_text_tokens,
             "n_documents": self.n_documents,
             "n_bytes": self.n_bytes,
             "n_tokens_in_all": self.n_tokens_in_all,
@@ -169,13 +176,14 @@ def held_out(
     limit_tokens: int | None = None,
     stride_tokens: int | None = None,
     tokenizer: Tokenizer | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Loss of `model` on `shards`, each token predicted once, in rows of `context_tokens`, at most `rows` at a time.
 
     A row sees nothing of the row before it; with `stride_tokens` rows overlap, and a token has at least
     `context_tokens` - `stride_tokens` before it (as far as its document reaches back). `limit_tokens`: at most so many
     tokens, in rows spread evenly over the text. `tokenizer` (if absent, the one that was prepared beside the shards)
-    counts the bytes of documents that are counted in part. Raises `DataError` for a text too short to measure,
+    counts the bytes of documents that are counted in part. `progress(rows done, rows in all)` is called now and then. Raises `DataError` for a text too short to measure,
     `ArtifactError` for ids that the model does not know, `NumericError` for a loss that is not a number.
     """
     _fits(model, shards, context_tokens, stride_tokens)
@@ -192,6 +200,7 @@ def held_out(
             numbers = np.arange(start, min(start + rows, len(grid)))
             batch = stream_rows(shards, grid, numbers, row_tokens)
             counter.add(batch, numbers, _losses(model, batch))
+            progress(int(numbers[-1]) + 1, len(grid))
     finally:
         model.train(was_training)
     stride = min(stride_tokens or row_tokens, row_tokens)

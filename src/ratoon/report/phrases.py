@@ -84,9 +84,8 @@ PHRASES: dict[str, tuple[str, str]] = {
         "它在 {time} 的训练中学习了 {tokens} 个词元（训练部分的 {passes} 遍）。",
     ),
     "lead_bits": (
-        "Of each byte of text that it has never seen, it leaves {bits} bits unpredicted; before training it was "
-        "{before}.",
-        "对从未见过的文本，它每字节还有 {bits} 比特未能预测；训练前为 {before}。",
+        "For text that it has never seen it needs {bits} bits per byte; before training it needed {before}.",
+        "对从未见过的文本，它每字节需要 {bits} 比特；训练前需要 {before} 比特。",
     ),
     "list_and": (", ", "、"),
     # -- headings ----------------------------------------------------------------------------------------------
@@ -103,8 +102,17 @@ PHRASES: dict[str, tuple[str, str]] = {
     "held_out_loss": ("Held-out loss", "留出损失"),
     "perplexity": ("Perplexity", "困惑度"),
     "bits_per_byte": ("Bits per byte", "每字节比特数"),
-    "interval": ("interval {low} – {high}", "区间 {low} – {high}"),
-    "n_tokens": ("n = {n} tokens", "n = {n} 个词元"),
+    "interval": ("95 % interval {low} – {high}", "95 % 区间 {low} – {high}"),
+    "measured_on": (
+        "Measured on {n} held-out tokens of {documents} documents ({bytes} bytes).",
+        "在 {documents} 篇文档的 {n} 个留出词元（{bytes} 字节）上测得。",
+    ),
+    "measured_on_tokens": ("Measured on {n} held-out tokens.", "在 {n} 个留出词元上测得。"),
+    "interval_of_documents": (
+        "The intervals say how far another draw of documents from the same source would differ.",
+        "区间表示从同一来源另取一批文档时结果会有多大差异。",
+    ),
+    "interval_of_other": ("The intervals are over {units}.", "区间取自{units}。"),
     "nats": ("nats per token", "奈特／词元"),
     "training_time": ("Training time", "训练用时"),
     "speed": ("Speed", "速度"),
@@ -129,7 +137,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     "row_latest": ("Latest measurement (step {step})", "最近一次测量（第 {step} 步）"),
     "col_who": ("Predictor", "预测者"),
     "col_n": ("n (tokens)", "n（词元）"),
-    "col_interval": ("Interval of the loss", "损失的区间"),
+    "col_interval": ("95 % interval of the loss", "损失的 95 % 区间"),
     "by_definition": ("by definition", "按定义"),
     "best_step": (
         "The model that was kept is that of step {best}, the best on held-out text; the last step was {last}.",
@@ -143,7 +151,11 @@ PHRASES: dict[str, tuple[str, str]] = {
     "memory": ("Memory of the process", "进程内存"),
     "gradient_norm": ("Gradient norm", "梯度范数"),
     "unit_loss": ("nats per token", "奈特／词元"),
-    "unit_learning_rate": ("of AdamW", "AdamW 的"),
+    "unit_learning_rate": ("of AdamW", "AdamW"),
+    "muon": (
+        "Muon, for the hidden matrices, follows the same course up to {peak}",
+        "用于隐藏层矩阵的 Muon 走势相同，峰值 {peak}",
+    ),
     "unit_throughput": ("tokens per second", "词元每秒"),
     "unit_memory": ("MB", "MB"),
     "unit_gradient_norm": ("before clipping", "裁剪之前"),
@@ -197,10 +209,6 @@ PHRASES: dict[str, tuple[str, str]] = {
         "The sum differs from what was read: something was lost or booked twice.",
         "总和与读入不相等：有内容丢失或被重复记账。",
     ),
-    "kept_total": (
-        "{kept} of {read} documents were kept: {train} to learn from, {held_out} held out to measure with.",
-        "{read} 篇文档中保留了 {kept} 篇：{train} 篇用于学习，{held_out} 篇留出用于测量。",
-    ),
     "account_train": ("Training part", "训练部分"),
     "account_held_out": ("Held-out part", "留出部分"),
     "account_duplicate": ("Exact duplicates", "完全重复"),
@@ -229,7 +237,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     ),
     "recipe_missing": ("The recipe was not settled yet.", "配方尚未确定。"),
     "machine_missing": ("The machine is not on record.", "没有机器的记录。"),
-    "next_note": ("Type these where the folder of the run lies.", "在运行文件夹所在之处输入这些命令。"),
+    "next_note": ("Type these in the folder where the run was started.", "请在启动该次运行的文件夹中输入。"),
     "m_system": ("System", "系统"),
     "m_processor": ("Processor", "处理器"),
     "m_cores": ("Cores", "核心"),
@@ -264,6 +272,7 @@ SENTENCES_ZH: tuple[tuple[str, str], ...] = (
     (r"stopped by the user; `(.+)` goes on", r"由用户停止；`\1` 可继续"),
     (r"not read, kind unknown: (.+)", r"未读取，类型未知：\1"),
     (r"text is taken from the field '(.+)' of (.+)", r"文本取自 \2 的字段 '\1'"),
+    (r"runs of (\d+) tokens", r"每 \1 个词元的片段"),
     (r"one document only: its last part, from (.+) on, is held out", r"只有一篇文档：自 \1 起的最后部分被留出"),
 )
 """Sentences that other floors write into the records, and what the Chinese page says in their place."""
@@ -297,6 +306,17 @@ def figure(value: float, digits: int = 4) -> str:
         return "0"
     after = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{after}f}"
+
+
+def plain(value: object) -> str:
+    """A setting's value as a recipe would say it, long numbers separated."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return whole(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:g}"
+    return "–" if value is None else str(value)
 
 
 def size(value: float) -> str:

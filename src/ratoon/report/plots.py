@@ -80,8 +80,8 @@ def smooth(y: Floats, window: int) -> Floats:
 
 
 def smoothing_window(count: int) -> int:
-    """An odd number of records to average, about a twenty-fifth of all."""
-    return max(1, count // 25 // 2 * 2 + 1)
+    """An odd number of records to average, about a twentieth of all."""
+    return max(1, count // 20 // 2 * 2 + 1)
 
 
 def wants_log(y: Floats) -> bool:
@@ -112,7 +112,7 @@ def draw(curves: Sequence[Curve], frame: Frame, *, key: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    look = {"svg.fonttype": "none", "svg.hashsalt": "ratoon", "font.size": 12, "path.simplify": False}
+    look: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "ratoon", "font.size": 12, "path.simplify": False}
     with matplotlib.rc_context(look):
         figure = Figure(figsize=(frame.width / 72, frame.height / 72), facecolor="none")
         FigureCanvasSVG(figure)
@@ -209,7 +209,7 @@ def _mark(axes: Any, frame: Frame) -> None:
 
 
 def _for_page(svg: str, key: str) -> str:
-    """matplotlib's file as an element: prolog, metadata, namespaces and fixed sizes away; ids of its own; inks named."""
+    """matplotlib's file as an element: no prolog, metadata, namespaces, fixed sizes; ids of its own; inks named."""
     svg = svg[svg.index("<svg") :].rstrip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r"<!--.*?-->\s*|<style.*?</style>\s*", "", svg, flags=re.S)
