@@ -6,6 +6,7 @@ is computed is understood or refused, never passed over.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ratoon.base.errors import ArtifactError, ConfigError
+from ratoon.base.settings import build
 from ratoon.model.config import ModelConfig
 
 Table = dict[str, Any]
@@ -57,7 +59,7 @@ def _join_heads(xs: list[Tensor], cfg: ModelConfig) -> Tensor:
 class Family:
     """One entry of the table. `keys`: their key -> our setting, copied both ways. `fixed`: our settings that this
     family always has. `must`: their keys that may have one value only, with that value. `read` and `write` hold what
-    is more than a copy."""
+    is more than a copy. `defaults`: what Transformers takes an absent key to be."""
 
     model_type: str
     architecture: str
@@ -69,6 +71,9 @@ class Family:
     write: Callable[[ModelConfig], Table] = lambda cfg: {}
     free: frozenset[str] = field(default_factory=frozenset)
     """Our settings that `read` and `write` deal with."""
+    reads: frozenset[str] = field(default_factory=frozenset)
+    """Their keys that `read` deals with."""
+    defaults: Table = field(default_factory=dict)
 
 
 # Keys that say nothing about what is computed at inference, or are derived.
@@ -76,14 +81,23 @@ _SILENT = {
     "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range",
     "bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path", "attention_dropout", "hidden_dropout",
     "resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout", "pretraining_tp", "output_router_logits",
-    "router_aux_loss_coef", "id2label", "label2id", "problem_type", "return_dict", "output_hidden_states",
-    "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder", "is_decoder", "reorder_and_upcast_attn",
-    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
-    "task_specific_params", "n_ctx", "gradient_checkpointing", "scale_attn_weights", "rope_theta", "rope_scaling",
-    "rope_parameters", "cache_implementation", "unsloth_fixed", "_attn_implementation",
-    "original_max_position_embeddings", "rope_interleaved", "is_llama_config", "transformers.js_config",
-    "_sliding_window_pattern", "sliding_window_pattern", "num_local_experts", "max_window_layers",
+    "router_aux_loss_coef", "id2label", "label2id", "_num_labels", "problem_type", "return_dict",
+    "output_hidden_states", "output_attentions", "output_past", "chunk_size_feed_forward", "is_decoder",
+    "reorder_and_upcast_attn", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+    "summary_first_dropout", "task_specific_params", "n_ctx", "n_special", "predict_special_tokens",
+    "gradient_checkpointing", "cache_implementation", "unsloth_fixed", "_attn_implementation", "is_llama_config",
+    "transformers.js_config",
 }  # fmt: skip
+
+_ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"})
+_WINDOW_KEYS = frozenset({"sliding_window", "layer_types", "use_sliding_window", "max_window_layers"})
+_EXPERT_KEYS = frozenset(
+    {"num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+     "decoder_sparse_step", "mlp_only_layers"}
+)  # fmt: skip
+
+# Keys that any family may carry, and that must have these values.
+_MUST_EVERYWHERE: Table = {"is_encoder_decoder": False, "rope_interleaved": False}
 
 _PLAIN_KEYS = {
     "vocab_size": "vocab_size",
@@ -132,31 +146,63 @@ _EXPERT_WEIGHTS = (
 # -- rotary positions, in the spelling of Transformers 4 and of 5 -----------------------------------------------------
 
 
-def _read_rope(theirs: Table, default_theta: float = 10_000.0) -> Table:
-    """`rope_theta` and `rope_scaling` (4.x) or `rope_parameters` (5.x) as our settings."""
-    table = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
+def _read_rope(theirs: Table, default_theta: float = 10_000.0, fraction: float | None = None) -> Table:
+    """`rope_theta` and `rope_scaling` (4.x) or `rope_parameters` (5.x) as our settings.
+
+    `fraction`: the share of the channels that rotates where the table names none; None for families that turn all.
+    """
+    old, new = theirs.get("rope_scaling") or {}, theirs.get("rope_parameters") or {}
+    table: Table = {**new, **old}
+    both = [key for key in old.keys() & new.keys() if old[key] != new[key]]
     theta: Any = table.get("rope_theta", theirs.get("rope_theta") or default_theta)
+    if both or (table.get("rope_theta") and theirs.get("rope_theta") not in (None, theta)):
+        raise ArtifactError(
+            f"rotary positions are said twice, and differ in {', '.join(sorted(both)) or 'rope_theta'}",
+            where="config.json",
+            expected="rope_parameters alone, or rope_theta and rope_scaling",
+        )
+    unknown = sorted(
+        key
+        for key, value in table.items()
+        if key not in _SCALING_KEYS and key not in _ROPE_TABLE_KEYS and value not in (None, False)
+    )
+    if unknown:
+        raise ArtifactError(
+            f"the rotary settings {', '.join(unknown)} are not known, and may change what the model computes",
+            where="config.json",
+            expected="of " + ", ".join(sorted({*_SCALING_KEYS, *_ROPE_TABLE_KEYS})),
+        )
     ours: Table = {"rope_theta": float(theta)}
-    if "partial_rotary_factor" in table:
-        ours["rope_fraction"] = table["partial_rotary_factor"]
+    share = table.get("partial_rotary_factor")
+    if fraction is not None:
+        ours["rope_fraction"] = fraction if share is None else share
+    elif share not in (None, 1, 1.0):
+        raise ArtifactError(
+            f"'partial_rotary_factor' is {share}", where="config.json", expected="1: this family turns all channels"
+        )
     kind = table.get("rope_type", table.get("type", "default"))
     if kind == "default":
         return ours
-    if kind not in ("linear", "llama3", "yarn"):
+    if kind not in _USED_BY_SCALING:
         raise ArtifactError(
             f"rotary positions are scaled as '{kind}'", where="config.json", expected="default, linear, llama3 or yarn"
         )
-    scaling: Table = {"kind": kind, "factor": table["factor"]}
-    for name, mine in _SCALING_KEYS.items():
+    if table.get("factor") is None and kind != "yarn":
+        raise ArtifactError(f"rotary positions are scaled as '{kind}' without a factor", where="config.json")
+    scaling: Table = {"kind": kind, "factor": table.get("factor")}
+    for name in _USED_BY_SCALING[kind]:
         if table.get(name) is not None:
-            scaling[mine] = table[name]
-    if kind != "linear" and "original_context_tokens" not in scaling:
-        scaling["original_context_tokens"] = theirs.get("original_max_position_embeddings") or theirs.get(
-            "max_position_embeddings"
-        )
+            scaling[_SCALING_KEYS[name]] = table[name]
+    if kind != "linear":
+        longest = theirs.get("max_position_embeddings")
+        outer = theirs.get("original_max_position_embeddings")  # where it stands, Transformers prefers it
+        scaling["original_context_tokens"] = outer or scaling.get("original_context_tokens") or longest
+        if scaling["factor"] is None and longest:
+            scaling["factor"] = longest / scaling["original_context_tokens"]
     return {**ours, "rope_scaling": scaling}
 
 
+_ROPE_TABLE_KEYS = frozenset({"rope_theta", "rope_type", "type", "factor", "partial_rotary_factor", "finetuned"})
 _SCALING_KEYS = {
     "original_max_position_embeddings": "original_context_tokens",
     "low_freq_factor": "low_freq_factor",
@@ -169,19 +215,22 @@ _SCALING_KEYS = {
     "truncate": "truncate",
 }
 
+_USED_BY_SCALING: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim",
+        "truncate",
+    ),
+}  # fmt: skip
+
 
 def _write_rope(cfg: ModelConfig) -> Table:
     parameters: Table = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     scaling = cfg.rope_scaling
     if scaling is not None:
         parameters |= {"rope_type": scaling.kind, "factor": scaling.factor}
-        used = {
-            "linear": set[str](),
-            "llama3": {"original_context_tokens", "low_freq_factor", "high_freq_factor"},
-            "yarn": {"original_context_tokens", "beta_fast", "beta_slow", "attention_factor", "mscale",
-                     "mscale_all_dim", "truncate"},
-        }[scaling.kind]  # fmt: skip
-        values = {name: getattr(scaling, mine) for name, mine in _SCALING_KEYS.items() if mine in used}
+        values = {name: getattr(scaling, _SCALING_KEYS[name]) for name in _USED_BY_SCALING[scaling.kind]}
         parameters |= {name: value for name, value in values.items() if value is not None}
     both: Table = {"rope_parameters": parameters, "rope_theta": cfg.rope_theta}
     if scaling is not None:
@@ -207,15 +256,31 @@ def _write_llama(cfg: ModelConfig) -> Table:
 def _read_windows(theirs: Table, *, default_on: bool) -> Table:
     """Sliding windows by `layer_types`, else by `use_sliding_window` and `max_window_layers`, else in all layers."""
     layers, window = theirs["num_hidden_layers"], theirs.get("sliding_window")
-    if window is None or not theirs.get("use_sliding_window", default_on):
-        return {}
     types = theirs.get("layer_types")
+    if window is None or not theirs.get("use_sliding_window", default_on):
+        if "sliding_attention" in (types or ()):
+            raise ArtifactError(
+                "'layer_types' names sliding attention, and there is no window for it",
+                where="config.json",
+                expected="a 'sliding_window', and 'use_sliding_window' true where the family has it",
+            )
+        return {}
     if types is None:
         first = theirs.get("max_window_layers", 0) if "use_sliding_window" in theirs else 0
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    _check_types(types, layers)
     if set(types) == {"full_attention"}:
         return {}
     return {"windows": tuple(window if kind == "sliding_attention" else None for kind in types)}
+
+
+def _check_types(types: list[str], layers: int) -> None:
+    if len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
+        raise ArtifactError(
+            f"'layer_types' is {types}",
+            where="config.json",
+            expected=f"full_attention or sliding_attention for each of {layers} layers",
+        )
 
 
 def _write_windows(cfg: ModelConfig) -> Table:
@@ -230,8 +295,22 @@ def _write_windows(cfg: ModelConfig) -> Table:
     }
 
 
+def _one_window(theirs: Table, *, default_on: bool) -> Table:
+    """A window in all layers or in none: what Mistral and Qwen3-MoE know."""
+    found = _read_windows({**theirs, "layer_types": None, "max_window_layers": 0}, default_on=default_on)
+    wanted = "sliding_attention" if found else "full_attention"
+    types = theirs.get("layer_types") or [wanted]
+    if set(types) != {wanted}:
+        raise ArtifactError(
+            f"'layer_types' is {sorted(set(types))}",
+            where="config.json",
+            expected=f"'{wanted}' in every layer: this family has sliding windows in all layers or in none",
+        )
+    return found
+
+
 def _read_mistral(theirs: Table) -> Table:
-    return {**_read_rope(theirs), **_read_windows({**theirs, "layer_types": None}, default_on=True)}
+    return {**_read_rope(theirs), **_one_window(theirs, default_on=True)}
 
 
 def _write_mistral(cfg: ModelConfig) -> Table:
@@ -265,11 +344,11 @@ def _read_qwen3_moe(theirs: Table) -> Table:
     sparse = tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
     ours = {
         **_read_rope(theirs),
-        **_read_windows({**theirs, "layer_types": None, "max_window_layers": 0}, default_on=False),
+        **_one_window(theirs, default_on=False),
         "qkv_bias": bool(theirs.get("attention_bias", False)),
         "out_bias": bool(theirs.get("attention_bias", False)),
         "moe": {
-            "experts": theirs.get("num_experts", theirs.get("num_local_experts", 128)),
+            "experts": theirs.get("num_experts") or theirs.get("num_local_experts") or 128,
             "experts_per_token": theirs.get("num_experts_per_tok", 8),
             "expert_width": theirs.get("moe_intermediate_size", 768),
             "normalize_weights": bool(theirs.get("norm_topk_prob", False)),
@@ -300,14 +379,29 @@ def _write_qwen3_moe(cfg: ModelConfig) -> Table:
     }
 
 
+_GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def _read_gelu(theirs: Table, key: str, default: str) -> Table:
+    act = theirs.get(key, default)
+    if act not in _GELUS:
+        raise ArtifactError(f"the activation '{act}' is not known", where="config.json", expected=", ".join(_GELUS))
+    return {"mlp": _GELUS[act]}
+
+
+def _write_gelu(cfg: ModelConfig) -> str:
+    return "gelu" if cfg.mlp == "gelu" else "gelu_new"
+
+
 def _read_gpt2(theirs: Table) -> Table:
-    return {"mlp_width": theirs.get("n_inner") or 4 * theirs["n_embd"]}
+    width = theirs.get("n_inner") or 4 * theirs.get("n_embd", 0)
+    return {"mlp_width": width, **_read_gelu(theirs, "activation_function", "gelu_new")}
 
 
 def _write_gpt2(cfg: ModelConfig) -> Table:
     return {
         "n_inner": cfg.mlp_width,
-        "activation_function": "gelu_new",
+        "activation_function": _write_gelu(cfg),
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
@@ -315,14 +409,15 @@ def _write_gpt2(cfg: ModelConfig) -> Table:
 
 
 def _read_neox(theirs: Table) -> Table:
-    ours = {"rope_fraction": theirs.get("rotary_pct", 0.25), **_read_rope({**theirs, "rope_theta": theirs.get("rotary_emb_base", theirs.get("rope_theta"))})}  # fmt: skip  # noqa: E501
+    theta = theirs.get("rotary_emb_base", theirs.get("rope_theta"))
     bias = bool(theirs.get("attention_bias", True))
-    layout = "parallel" if theirs.get("use_parallel_residual", True) else "pre"
-    acts = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-    act = theirs.get("hidden_act", "gelu")
-    if act not in acts:
-        raise ArtifactError(f"the activation '{act}' is not known", where="config.json", expected=", ".join(acts))
-    return {**ours, "qkv_bias": bias, "out_bias": bias, "norm_layout": layout, "mlp": acts[act]}
+    return {
+        **_read_rope({**theirs, "rope_theta": theta}, fraction=theirs.get("rotary_pct", 0.25)),
+        **_read_gelu(theirs, "hidden_act", "gelu"),
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "norm_layout": "parallel" if theirs.get("use_parallel_residual", True) else "pre",
+    }
 
 
 def _write_neox(cfg: ModelConfig) -> Table:
@@ -334,7 +429,7 @@ def _write_neox(cfg: ModelConfig) -> Table:
         "rotary_emb_base": cfg.rope_theta,
         "attention_bias": cfg.qkv_bias,
         "use_parallel_residual": cfg.norm_layout == "parallel",
-        "hidden_act": "gelu" if cfg.mlp == "gelu" else "gelu_new",
+        "hidden_act": _write_gelu(cfg),
     }
 
 
@@ -344,13 +439,24 @@ def _read_gemma3(theirs: Table) -> Table:
     types = theirs.get("layer_types") or [
         "full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)
     ]
+    _check_types(types, layers)
     rope = theirs.get("rope_parameters") or {}
     full = {**theirs, "rope_parameters": rope.get("full_attention") or {}, "rope_scaling": theirs.get("rope_scaling")}
-    local: Any = (rope.get("sliding_attention") or {}).get("rope_theta", theirs.get("rope_local_base_freq", 1e4))
+    sliding = _read_rope(
+        {"rope_parameters": rope.get("sliding_attention") or {}, "rope_theta": theirs.get("rope_local_base_freq")}
+    )
+    if "rope_scaling" in sliding or rope.keys() - {"full_attention", "sliding_attention"}:
+        raise ArtifactError(
+            "the rotary positions of the sliding-window layers are scaled, or rope_parameters names other layers",
+            where="config.json",
+            expected="rope_parameters for full_attention and sliding_attention, the latter of type 'default'",
+        )
     window = theirs.get("sliding_window", 4096)
+    if window is None and "sliding_attention" in types:
+        raise ArtifactError("layers of sliding attention without a 'sliding_window'", where="config.json")
     return {
         **_read_rope(full, 1_000_000.0),
-        "rope_local_theta": float(local),
+        "rope_local_theta": sliding["rope_theta"],
         "windows": tuple(window if kind == "sliding_attention" else None for kind in types),
         "embedding_scale": float(theirs["hidden_size"]) ** 0.5,
         "query_scale": float(theirs.get("query_pre_attn_scalar", 256)) ** -0.5,
@@ -376,6 +482,14 @@ def _write_gemma3(cfg: ModelConfig) -> Table:
     return table
 
 
+_QWEN_DEFAULTS: Table = {
+    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+}
+
 # -- the table -------------------------------------------------------------------------------------------------------
 
 FAMILIES: dict[str, Family] = {
@@ -391,6 +505,8 @@ FAMILIES: dict[str, Family] = {
             _read_llama,
             _write_llama,
             _ROPE | {"qkv_bias", "out_bias", "mlp_bias"},
+            reads=_ROPE_KEYS | {"attention_bias", "mlp_bias"},
+            defaults={"rms_norm_eps": 1e-6},
         ),
         Family(
             "mistral",
@@ -402,6 +518,8 @@ FAMILIES: dict[str, Family] = {
             _read_mistral,
             _write_mistral,
             _ROPE | {"windows"},
+            reads=_ROPE_KEYS | {"sliding_window", "layer_types"},
+            defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
         ),
         Family(
             "qwen2",
@@ -413,6 +531,8 @@ FAMILIES: dict[str, Family] = {
             _read_qwen,
             _write_qwen,
             _ROPE | {"windows"},
+            reads=_ROPE_KEYS | _WINDOW_KEYS,
+            defaults=_QWEN_DEFAULTS,
         ),
         Family(
             "qwen3",
@@ -424,6 +544,8 @@ FAMILIES: dict[str, Family] = {
             _read_qwen3,
             _write_qwen3,
             _ROPE | {"windows", "qkv_bias", "out_bias"},
+            reads=_ROPE_KEYS | _WINDOW_KEYS | {"attention_bias"},
+            defaults={**_QWEN_DEFAULTS, "head_dim": 128},
         ),
         Family(
             "qwen3_moe",
@@ -435,13 +557,14 @@ FAMILIES: dict[str, Family] = {
             _read_qwen3_moe,
             _write_qwen3_moe,
             _ROPE | {"windows", "qkv_bias", "out_bias", "moe", "moe_layers"},
+            reads=_ROPE_KEYS | _WINDOW_KEYS | _EXPERT_KEYS | {"attention_bias"},
+            defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 4, "sliding_window": 4096},
         ),
         Family(
             "gemma3_text",
             "Gemma3ForCausalLM",
             {
                 **_GROUPED_KEYS,
-                "attn_logit_softcapping": "attention_softcap",
                 "final_logit_softcapping": "logit_softcap",
             },
             {"mlp": "geglu_tanh", "qk_norm": "before_rope", "norm_weight": "plus_one", "norm_layout": "sandwich"},
@@ -449,6 +572,8 @@ FAMILIES: dict[str, Family] = {
                 "hidden_activation": "gelu_pytorch_tanh",
                 "attention_bias": False,
                 "use_bidirectional_attention": False,
+                # Transformers reads this key for Gemma 3 and then leaves the scores as they are.
+                "attn_logit_softcapping": None,
             },
             (
                 *(rule for rule in _LLAMA_WEIGHTS if "mlp_norm" not in rule.ours[0]),
@@ -459,6 +584,24 @@ FAMILIES: dict[str, Family] = {
             _read_gemma3,
             _write_gemma3,
             _ROPE | {"windows", "rope_local_theta", "embedding_scale", "query_scale"},
+            reads=_ROPE_KEYS
+            | {
+                "rope_local_base_freq",
+                "sliding_window",
+                "layer_types",
+                "_sliding_window_pattern",
+                "sliding_window_pattern",
+                "query_pre_attn_scalar",
+            },
+            defaults={
+                "vocab_size": 262_208,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 4,
+                "head_dim": 256,
+                "max_position_embeddings": 131_072,
+                "rms_norm_eps": 1e-6,
+                "tie_word_embeddings": True,
+            },
         ),
         Family(
             "nanochat",
@@ -474,6 +617,8 @@ FAMILIES: dict[str, Family] = {
             _read_rope,
             _write_rope,
             _ROPE,
+            reads=_ROPE_KEYS,
+            defaults={"rms_norm_eps": 1e-6, "final_logit_softcapping": 15.0},
         ),
         Family(
             "gpt2",
@@ -490,13 +635,12 @@ FAMILIES: dict[str, Family] = {
             {
                 "norm": "layer",
                 "positions": "learned",
-                "mlp": "gelu_tanh",
                 "qkv_bias": True,
                 "out_bias": True,
                 "mlp_bias": True,
             },
             {
-                "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+                "scale_attn_weights": True,
                 "scale_attn_by_inverse_layer_idx": False,
                 "add_cross_attention": False,
             },
@@ -540,7 +684,9 @@ FAMILIES: dict[str, Family] = {
             ),
             _read_gpt2,
             _write_gpt2,
-            frozenset({"mlp_width"}),
+            frozenset({"mlp_width", "mlp"}),
+            reads=frozenset({"n_inner", "activation_function"}),
+            defaults={"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
         ),
         Family(
             "gpt_neox",
@@ -585,14 +731,11 @@ FAMILIES: dict[str, Family] = {
             _read_neox,
             _write_neox,
             _ROPE | {"rope_fraction", "qkv_bias", "out_bias", "norm_layout", "mlp"},
+            reads=_ROPE_KEYS
+            | {"rotary_pct", "rotary_emb_base", "attention_bias", "hidden_act", "use_parallel_residual"},
+            defaults={"layer_norm_eps": 1e-5},
         ),
     )
-}
-
-_DEFAULTS_OF_4: dict[str, Table] = {
-    "llama": {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False},
-    "gpt2": {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5},
-    "gemma3_text": {"tie_word_embeddings": True, "head_dim": 256},
 }
 
 # What decides training alone, or only how the model is begun.
@@ -606,8 +749,6 @@ def config_from_folder(theirs: Table, where: str) -> ModelConfig:
     not know.
     """
     model_type = theirs.get("model_type", "")
-    if model_type == "gemma3" and "text_config" in theirs:
-        theirs, model_type = {**theirs["text_config"]}, "gemma3_text"
     family = FAMILIES.get(model_type)
     if family is None:
         raise ArtifactError(
@@ -615,7 +756,7 @@ def config_from_folder(theirs: Table, where: str) -> ModelConfig:
             where=where,
             expected="one of: " + ", ".join(sorted(FAMILIES)),
         )
-    for key, wanted in family.must.items():
+    for key, wanted in {**_MUST_EVERYWHERE, **family.must}.items():
         allowed = wanted if isinstance(wanted, tuple) else (wanted,)
         if key in theirs and theirs[key] not in allowed:
             raise ArtifactError(
@@ -625,7 +766,8 @@ def config_from_folder(theirs: Table, where: str) -> ModelConfig:
                 fix="use another model",
             )
     ours: Table = {"family": model_type, **family.fixed}
-    filled = {**_DEFAULTS_OF_4.get(model_type, {}), **theirs}
+    filled = {**family.defaults, **theirs}
+    _refuse_unknown(family, theirs, where)
     for key, mine in family.keys.items():
         if key in filled:
             ours[mine] = filled[key]
@@ -633,9 +775,10 @@ def config_from_folder(theirs: Table, where: str) -> ModelConfig:
             raise ArtifactError(f"the key '{key}' is missing", where=where)
         elif mine == "tied_embeddings":
             ours[mine] = False
-    ours |= family.read(filled)
-    ours.pop("head_dim", None) if ours.get("head_dim") is None else None
-    _refuse_unknown(family, theirs, where)
+    try:
+        ours |= family.read(filled)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ArtifactError(f"a setting is not what it should be: {error}", where=where) from None
     eos = theirs.get("eos_token_id")
     ours |= {
         "bos_id": theirs.get("bos_token_id"),
@@ -644,21 +787,13 @@ def config_from_folder(theirs: Table, where: str) -> ModelConfig:
         "zero_init_outputs": False,
     }
     try:
-        return ModelConfig.model_validate(ours)
-    except ValueError as error:
-        raise ArtifactError(f"the settings cannot be: {error}", where=where) from None
-
-
-_READ_BY_FUNCTIONS = {
-    "attention_bias", "mlp_bias", "sliding_window", "layer_types", "use_sliding_window", "n_inner", "rotary_pct",
-    "rotary_emb_base", "use_parallel_residual", "hidden_act", "rope_local_base_freq", "query_pre_attn_scalar",
-    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
-    "mlp_only_layers", "head_dim", "partial_rotary_factor", "num_key_value_heads",
-}  # fmt: skip
+        return build(ModelConfig, ours, where=where)
+    except ConfigError as error:
+        raise ArtifactError(f"the settings cannot be: {error.found}", where=where) from None
 
 
 def _refuse_unknown(family: Family, theirs: Table, where: str) -> None:
-    known = _SILENT | _READ_BY_FUNCTIONS | family.keys.keys() | family.must.keys()
+    known = _SILENT | family.reads | family.keys.keys() | family.must.keys() | _MUST_EVERYWHERE.keys()
     unknown = sorted(key for key, value in theirs.items() if key not in known and value not in (None, False, [], {}))
     if unknown:
         raise ArtifactError(
@@ -670,7 +805,10 @@ def _refuse_unknown(family: Family, theirs: Table, where: str) -> None:
 
 def config_to_folder(cfg: ModelConfig, dtype: str) -> Table:
     """Our settings as the `config.json` of their family. Raises `ConfigError` for what the family cannot say."""
-    family = check_expressible(cfg)
+    return _say(cfg, check_expressible(cfg), dtype)
+
+
+def _say(cfg: ModelConfig, family: Family, dtype: str) -> Table:
     theirs: Table = {
         "model_type": family.model_type,
         "architectures": [family.architecture],
@@ -691,7 +829,10 @@ def config_to_folder(cfg: ModelConfig, dtype: str) -> Table:
 
 
 def check_expressible(cfg: ModelConfig) -> Family:
-    """The family of `cfg`, after checking that it can say everything in it. Raises `ConfigError` naming what not."""
+    """The family of `cfg`, after checking that it can say everything in it. Raises `ConfigError` naming what not.
+
+    The settings are written and read again: what comes back must mean the same.
+    """
     family = FAMILIES.get(cfg.family)
     if family is None:
         raise ConfigError(
@@ -708,13 +849,37 @@ def check_expressible(cfg: ModelConfig) -> Family:
         if name in ("kv_heads", "head_dim"):
             value, wanted = (cfg.kv, cfg.heads) if name == "kv_heads" else (cfg.channels, cfg.width // cfg.heads)
         if value != wanted:
-            raise ConfigError(
-                f"the family {cfg.family} cannot have {name}: {value!r}",
-                where=f"model.{name}",
-                expected=repr(wanted),
-                fix="choose another family or leave the setting out, so that what is trained loads elsewhere",
-            )
-    if cfg.family in ("llama", "qwen3", "qwen3_moe") and cfg.qkv_bias != cfg.out_bias:
-        raise ConfigError(f"{cfg.family} has a bias on all of q, k, v, o or on none", where="model.out_bias")
-    family.write(cfg)
+            raise _cannot_say(family, name, value, wanted)
+    given, back = _meaning(cfg), _meaning(config_from_folder(_say(cfg, family, "float32"), "config.json"))
+    for name, value in given.items():
+        wanted = back[name]
+        close = isinstance(value, float) and isinstance(wanted, float) and math.isclose(value, wanted, rel_tol=1e-9)
+        if value != wanted and not close:
+            raise _cannot_say(family, name, value, wanted)
     return family
+
+
+def _cannot_say(family: Family, name: str, value: Any, wanted: Any) -> ConfigError:
+    return ConfigError(
+        f"the family {family.model_type} cannot have {name}: {value!r}",
+        where=f"model.{name}",
+        expected=repr(wanted),
+        fix="choose another family or leave the setting out, so that what is trained loads elsewhere",
+    )
+
+
+def _meaning(cfg: ModelConfig) -> Table:
+    """The settings that decide what is computed, each spelled in one way."""
+    table = cfg.model_dump(exclude=_OUTSIDE)
+    table |= {"kv_heads": cfg.kv, "head_dim": cfg.channels}
+    table["query_scale"] = cfg.channels**-0.5 if cfg.query_scale is None else cfg.query_scale
+    table["windows"] = tuple(cfg.window(i) for i in range(cfg.layers))
+    table["moe_layers"] = tuple(i for i in range(cfg.layers) if cfg.has_experts(i))
+    if cfg.rope_scaling is not None and cfg.rope_scaling.kind != "linear":
+        original = cfg.rope_scaling.original_context_tokens or cfg.context_tokens
+        table["rope_scaling"]["original_context_tokens"] = original
+    if cfg.rope_local_theta is None or all(window is None for window in table["windows"]):
+        # Without a theta of their own, sliding layers turn as the others do.
+        plain = cfg.rope_scaling is None or all(window is None for window in table["windows"])
+        table["rope_local_theta"] = cfg.rope_theta if plain else None
+    return table

@@ -45,6 +45,8 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
         theirs = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ArtifactError(f"not readable as JSON: {error}", where=path) from None
+    if not isinstance(theirs, dict):
+        raise ArtifactError(f"the file holds a {type(theirs).__name__}", where=path, expected="keys with values")
     return config_from_folder(theirs, str(path))
 
 
@@ -101,8 +103,10 @@ class _Reader:
         self.rules = FAMILIES[cfg.family].weights
         self.file_of: dict[str, Path] = {}
         index = folder / INDEX
+        named: dict[str, str] = {}
         if index.is_file():
-            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+            named = _read_index(index)
+            files = sorted({folder / name for name in named.values()})
         elif (folder / WEIGHTS).is_file():
             files = [folder / WEIGHTS]
         else:
@@ -116,7 +120,9 @@ class _Reader:
         self.files: dict[Path, Any] = {}
         for file in files:
             if not file.is_file():
-                raise ArtifactError("a weights file of the index is missing", where=file)
+                raise ArtifactError(
+                    "a weights file that the index names is missing", where=file, fix="fetch or make the folder again"
+                )
             try:
                 self.files[file] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -128,16 +134,22 @@ class _Reader:
                 ) from None
             for name in self.files[file].keys():  # noqa: SIM118 - no mapping
                 self.file_of[name] = file
+        wrong = sorted(name for name, file in named.items() if self.file_of.get(name) != folder / file)
+        if wrong:
+            raise ArtifactError(
+                f"the index says that {named[wrong[0]]} holds '{wrong[0]}', and it does not",
+                where=index,
+                expected="an index and shards that were written together",
+            )
 
     def _take(self, name: str) -> Tensor:
         found: Tensor = self.files[self.file_of[name]].get_tensor(name)
         return found
 
     def _find(self, name: str) -> str | None:
-        """`name`, or as it stands in files without or with the model's prefix."""
-        prefix = name.split(".")[0] + "."
-        bare = name.removeprefix(prefix)
-        return next((n for n in (name, bare, f"model.{name}", f"language_model.{name}") if n in self.file_of), None)
+        """`name`, or as it stands in files without the model's prefix."""
+        bare = name.removeprefix(name.split(".")[0] + ".")
+        return next((n for n in (name, bare) if n in self.file_of), None)
 
     def state(self, model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
         """Our names -> weights, each read once."""
@@ -149,38 +161,78 @@ class _Reader:
                 ours = [name.format(i=layer) for name in rule.ours]
                 if ours[0] not in wanted:
                     continue
-                found = self._experts(rule, layer, used) if "{e}" in rule.theirs else None
+                if "{e}" in rule.theirs:
+                    found = self._experts(rule, layer, used, wanted[ours[0]].shape)
+                else:
+                    name = self._find(rule.theirs.format(i=layer))
+                    expected = rule.join([wanted[name].detach() for name in ours], self.cfg).shape
+                    found = None if name is None else self._whole(name, used, expected)
                 if found is None:
-                    name = self._find(rule.theirs.format(i=layer, e=0))
-                    if name is None or "{e}" in rule.theirs:
-                        continue  # told, with its name, by put_state
-                    used.add(name)
-                    found = self._take(name)
+                    continue  # told, with its name, by put_state
                 for mine, value in zip(ours, rule.split(found, self.cfg), strict=True):
                     state[mine] = value.to(dtype).contiguous()
         extra = sorted(n for n in self.file_of.keys() - used if not n.endswith(_IGNORED_ENDS))
         if self.cfg.tied_embeddings:
-            extra = [name for name in extra if name not in ("lm_head.weight", "embed_out.weight")]
+            extra = [name for name in extra if not self._is_embedding(name, state, dtype)]
         if extra:
             raise ArtifactError(f"{len(extra)} weights are not known (first: {extra[0]})", where=self.folder)
         return state
 
-    def _experts(self, rule: Rule, layer: int, used: set[str]) -> Tensor | None:
+    def _whole(self, name: str, used: set[str], expected: torch.Size) -> Tensor:
+        """The tensor `name`, after checking its shape."""
+        used.add(name)
+        found = self._take(name)
+        if found.shape != expected:
+            raise ArtifactError(
+                f"'{name}' has the shape {tuple(found.shape)}", where=self.file_of[name], expected=str(tuple(expected))
+            )
+        return found
+
+    def _is_embedding(self, name: str, state: dict[str, Tensor], dtype: torch.dtype) -> bool:
+        """Whether `name` is a head that only repeats the embedding it is tied to."""
+        if name not in ("lm_head.weight", "embed_out.weight") or "embed.weight" not in state:
+            return False
+        if not torch.equal(self._take(name).to(dtype), state["embed.weight"]):
+            raise ArtifactError(
+                f"'{name}' differs from the embedding, and config.json says that the two are tied",
+                where=self.file_of[name],
+                fix="set tie_word_embeddings to false in config.json, or remove the tensor",
+            )
+        return True
+
+    def _experts(self, rule: Rule, layer: int, used: set[str], expected: torch.Size) -> Tensor | None:
         """The stacked weights (E, …) of a layer's experts, from one tensor each or from Transformers 5's stacks."""
         assert self.cfg.moe is not None
         names = [self._find(rule.theirs.format(i=layer, e=e)) for e in range(self.cfg.moe.experts)]
         if all(name is not None for name in names):
-            used.update(name for name in names if name is not None)
-            return torch.stack([self._take(name) for name in names if name is not None])
+            return torch.stack([self._whole(name, used, expected[1:]) for name in names if name is not None])
         base = rule.theirs.format(i=layer, e=0).split("experts.")[0] + "experts."
         which = rule.ours[0].rsplit(".", 1)[-1]
         name = self._find(base + ("down_proj" if which == "down" else "gate_up_proj"))
         if name is None:
             return None
-        used.add(name)
-        stacked = self._take(name)
+        if which == "down":
+            return self._whole(name, used, expected)
         width = self.cfg.moe.expert_width
-        return stacked if which == "down" else stacked[:, :width] if which == "gate" else stacked[:, width:]
+        stacked = self._whole(name, used, torch.Size((expected[0], 2 * width, expected[2])))
+        return stacked[:, :width] if which == "gate" else stacked[:, width:]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, of an index of shards."""
+    try:
+        named = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        plain = all(file == Path(file).name and file.endswith(".safetensors") for file in named.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"the index of the weights cannot be read: {error}", where=path, expected="a JSON object with a weight_map"
+        ) from None
+    if not plain or not named:
+        raise ArtifactError(
+            "the index names files that are not beside it", where=path, expected="names ending in .safetensors"
+        )
+    found: dict[str, str] = named
+    return found
 
 
 def to_family(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
