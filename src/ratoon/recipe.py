@@ -5,19 +5,31 @@ Free of torch. Decides keys, defaults and derivations; what the settings do is d
 
 from __future__ import annotations
 
+import difflib
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
+from ratoon.base.catalog import ENTRIES, entry
 from ratoon.base.errors import ConfigError
 from ratoon.base.settings import Settings, build, merge, read_yaml
 from ratoon.model.config import ModelConfig
 from ratoon.train.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A value that nobody gave, and why it is what it is."""
+
+    key: str
+    value: Any
+    reason: str
 
 
 class DataSettings(Settings):
@@ -33,8 +45,10 @@ class DataSettings(Settings):
         4096, ge=259, description="tokens of the tokenizer that is trained; read without `tokenizer`"
     )
     held_out_fraction: float = Field(0.05, gt=0, lt=0.9, description="share of the documents that is never trained on")
-    split_documents: str = Field(
-        "file", description="what a document is in plain text: file, lines, blank-lines, or a separator of your own"
+    split_documents: str | None = Field(
+        None,
+        description="what a document is in plain text: file, lines, blank-lines, or a separator of your own; "
+        "absent: what the catalogue says of `corpus`, else file",
     )
     field: str | None = Field(None, description="the field that holds the text in rows; absent: recognised, and said")
     encoding: str = Field("utf-8", description="encoding of the sources")
@@ -72,6 +86,15 @@ SIZES: dict[str, Size] = {
 }
 
 
+def _as_given(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """A table is checked, and kept as it was read: it knows the lines of its keys."""
+    check(value)
+    return value
+
+
+Table = Annotated[dict[str, Any], WrapValidator(_as_given)]
+
+
 class ModelSettings(Settings):
     """The model: one to go on with (`init`), or a new one by `size`, with single settings changed by name."""
 
@@ -79,7 +102,7 @@ class ModelSettings(Settings):
     size: Literal["tiny", "small", "medium", "large", "gpt2"] | None = Field(
         None, description="the dial: layers, width, heads, context and rows follow from it"
     )
-    settings: dict[str, Any] = Field(
+    settings: Table = Field(
         {}, description="settings of the Transformer by name (layers, width, family, mlp, …), over those of the size"
     )
 
@@ -87,27 +110,21 @@ class ModelSettings(Settings):
 class Recipe(Settings):
     """A pretraining run."""
 
+    _where: str = "recipe"
+    _replaced: tuple[Derived, ...] = ()
+
     name: str = Field("run", description="the run's folder is runs/<name>")
     language: Literal["en", "zh"] = Field("en", description="language of the page")
     seed: int = Field(1, ge=0, description="the one seed; every use of chance has its own stream under it")
     minutes: float | None = Field(None, gt=0, description="the dial: size and schedule follow from the time there is")
     data: DataSettings
     model: ModelSettings = ModelSettings.model_construct(init=None, size=None, settings={})
-    train: dict[str, Any] = Field({}, description="see the table `train`")
+    train: Table = Field({}, description="see the table `train`")
     track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         (), description="trackers beside metrics.jsonl"
     )
     samples: tuple[str, ...] = Field((), description="prompts that the model goes on from, before and after")
     sample_tokens: int = Field(80, ge=1, description="new tokens of a sample")
-
-
-@dataclass(frozen=True)
-class Derived:
-    """A value that nobody gave, and why it is what it is."""
-
-    key: str
-    value: Any
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -152,19 +169,51 @@ def load(recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[
         if not path.is_file() and str(recipe) in shipped():
             path = shipped()[str(recipe)]
         if not path.is_file():
+            near = difflib.get_close_matches(str(recipe), shipped(), n=1)
             raise ConfigError(
                 f"there is no recipe '{recipe}'",
                 where=path,
-                expected="a YAML file, or one of: " + ", ".join(shipped()),
+                expected=f"did you mean '{near[0]}'?" if near else "a YAML file, or one of: " + ", ".join(shipped()),
                 fix="`ratoon recipes` lists those that ship",
             )
         table, where = read_yaml(path), str(path)
-    return build(Recipe, merge(table, dict(overrides or {})), where=where)
+    merged = merge(table, dict(overrides or {}))
+    replaced = _replace(merged, overrides or {})
+    found = build(Recipe, merged, where=where)
+    found._where, found._replaced = where, replaced
+    return found
 
 
-def settle(recipe: Recipe, where: str = "recipe") -> Plan:
-    """Derive what the recipe leaves open. Raises `ConfigError` for settings that exclude each other."""
-    derived: list[Derived] = []
+INSTEAD = {
+    "data.sources": ("data.corpus", "data.prepared"),
+    "data.corpus": ("data.sources", "data.prepared"),
+    "data.prepared": ("data.sources", "data.corpus"),
+    "train.steps": ("train.budget_minutes",),
+    "train.budget_minutes": ("train.steps", "minutes"),
+    "minutes": ("train.steps", "train.budget_minutes"),
+}
+"""Keys that exclude each other: an override of one takes the place of what the file says of the others."""
+
+
+def _replace(table: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[Derived, ...]:
+    replaced = []
+    for key, others in INSTEAD.items():
+        if overrides.get(key) is None:
+            continue
+        for other in others:
+            *parents, last = other.split(".")
+            place: Any = table
+            for parent in parents:
+                place = place.get(parent) if isinstance(place, dict) else None
+            if overrides.get(other) is None and isinstance(place, dict) and place.get(last) is not None:
+                del place[last]
+                replaced.append(Derived(other, None, f"{key} is given in its place"))
+    return tuple(replaced)
+
+
+def settle(recipe: Recipe) -> Plan:
+    """Derive what the recipe leaves open. Raises `ConfigError` for what does not fit, with file, line and key."""
+    derived = list(recipe._replaced)
 
     def settle_one(table: dict[str, Any], key: str, value: Any, reason: str) -> None:
         last = key.rsplit(".", 1)[-1]
@@ -172,32 +221,31 @@ def settle(recipe: Recipe, where: str = "recipe") -> Plan:
             table[last] = value
             derived.append(Derived(key, value, reason))
 
-    train = dict(recipe.train)
-    name = recipe.model.size
+    where = recipe._where
     if recipe.model.init is not None and (recipe.model.size or recipe.model.settings):
         raise ConfigError(
             "model.init goes on with a model as it is; size and settings make a new one", where=where, fix="give one"
         )
+    data, found = with_documents(recipe.data, where)
+    derived += found
+    recipe = recipe.model_copy(update={"data": data})
+    train = merge(recipe.train, {})
+    name: str | None = recipe.model.size
     if name is None and recipe.model.init is None:
-        minutes = recipe.minutes or train.get("budget_minutes")
-        name = "medium" if minutes is None or minutes >= 20 else "small" if minutes >= 3 else "tiny"
-        why = "no minutes given" if minutes is None else f"what learns most in {minutes:g} minutes on two cores"
+        name, why = _size_for(recipe.minutes or train.get("budget_minutes"))
         derived.append(Derived("model.size", name, why))
-    if recipe.minutes is not None and "steps" not in train:
+    if recipe.minutes is not None and train.get("steps") is None:
         settle_one(train, "train.budget_minutes", recipe.minutes, "the dial `minutes`")
     settle_one(train, "train.seed", recipe.seed, "the recipe's seed")
-    shape: dict[str, Any] = {}
     if name is not None:
-        size = SIZES[name]
-        settle_one(train, "train.context_tokens", size.context_tokens, f"size {name}")
-        settle_one(train, "train.rows", size.rows, f"size {name}")
-        shape = _shape(size, train["context_tokens"]) | recipe.model.settings
-        if "mlp_width" not in recipe.model.settings:
-            shape["mlp_width"] = 4 * shape["width"]
-        for key in ("layers", "width", "heads"):
-            if key not in recipe.model.settings:
-                derived.append(Derived(f"model.settings.{key}", shape[key], f"size {name}"))
-    if shape and train.get("steps") is None and train.get("budget_minutes") is None:
+        settle_one(train, "train.context_tokens", SIZES[name].context_tokens, f"size {name}")
+        settle_one(train, "train.rows", SIZES[name].rows, f"size {name}")
+    open_ended = train.get("steps") is None and train.get("budget_minutes") is None
+    if open_ended and name is not None:
+        # Names and types are checked before anything is computed with them.
+        build(TrainSettings, merge(train, {"steps": sys.maxsize}), where=where, within="train")
+    shape = {} if name is None else _settled_shape(recipe, name, train["context_tokens"], derived)
+    if open_ended and name is not None:
         parameters = _about_parameters(shape, recipe.data.vocab_size)
         tokens = TOKENS_A_PARAMETER * parameters
         settle_one(
@@ -207,8 +255,47 @@ def settle(recipe: Recipe, where: str = "recipe") -> Plan:
             f"{TOKENS_A_PARAMETER} tokens for each of about {parameters / 1e6:.1f} million parameters "
             "(Hoffmann et al., arXiv:2203.15556)",
         )
-    settings = build(TrainSettings, train, where=f"{where}, train")
-    return Plan(recipe, settings, shape, tuple(derived))
+    return Plan(recipe, build(TrainSettings, train, where=where, within="train"), shape, tuple(derived))
+
+
+def with_documents(data: DataSettings, where: str) -> tuple[DataSettings, list[Derived]]:
+    """`data` with what a document is, if that is left open. Raises `ConfigError` for a corpus that there is not."""
+    split, why = "file", "nothing else is said"
+    if data.corpus is not None:
+        found = entry(data.corpus, where=f"{where}, data.corpus")
+        if found.kind != "corpus":
+            corpora = ", ".join(one.name for one in ENTRIES.values() if one.kind == "corpus")
+            raise ConfigError(
+                f"'{data.corpus}' is a {found.kind}", where=f"{where}, data.corpus", expected=f"a corpus: {corpora}"
+            )
+        split, why = found.split_documents, f"the catalogue says so of {data.corpus}"
+    if data.prepared is not None or data.split_documents is not None:
+        return data, []
+    return data.model_copy(update={"split_documents": split}), [Derived("data.split_documents", split, why)]
+
+
+def _size_for(minutes: Any) -> tuple[str, str]:
+    """The size that fits the time, and why. Something that is no number is refused later, with its line."""
+    if not isinstance(minutes, int | float):
+        return "medium", "no minutes given"
+    name = "medium" if minutes >= 20 else "small" if minutes >= 3 else "tiny"
+    return name, f"what learns most in {minutes:g} minutes on two cores"
+
+
+def _settled_shape(recipe: Recipe, name: str, context_tokens: Any, derived: list[Derived]) -> dict[str, Any]:
+    """The Transformer's settings: those of the size, with the given ones over them, checked."""
+    given = recipe.model.settings
+    shape = _shape(SIZES[name], context_tokens) | given
+    if "mlp_width" not in given:
+        shape["mlp_width"] = 4 * shape["width"] if isinstance(shape["width"], int) else 1
+    checked = merge(given, {})
+    for key, value in {"vocab_size": recipe.data.vocab_size, **shape}.items():
+        checked.setdefault(key, value)
+    build(ModelConfig, checked, where=recipe._where, within="model.settings")
+    for key in ("layers", "width", "heads"):
+        if key not in given:
+            derived.append(Derived(f"model.settings.{key}", shape[key], f"size {name}"))
+    return shape
 
 
 def _about_parameters(shape: Mapping[str, Any], vocab_size: int) -> int:

@@ -178,8 +178,10 @@ def _copy(value: Any) -> Any:
     return [_copy(inner) for inner in value] if isinstance(value, list) else value
 
 
-def build(kind: type[S], table: dict[str, Any], *, where: str | os.PathLike[str] = "settings") -> S:
-    """`table` as settings of `kind`.
+def build(
+    kind: type[S], table: dict[str, Any], *, where: str | os.PathLike[str] = "settings", within: str = ""
+) -> S:
+    """`table` as settings of `kind`; `within` is the dotted key under which the table stands in its file.
 
     Raises `ConfigError` for the first thing that does not fit, with file, line, key, what was found, and
     the nearest known key where one is close.
@@ -190,15 +192,17 @@ def build(kind: type[S], table: dict[str, Any], *, where: str | os.PathLike[str]
         details = error.errors(include_url=False)
         # An unknown key explains the most, so it is told first.
         details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
-        raise _explain(kind, table, details, os.fspath(where)) from None
+        raise _explain(kind, table, details, os.fspath(where), within) from None
 
 
-def _explain(kind: type[Settings], table: dict[str, Any], details: list[ErrorDetails], where: str) -> ConfigError:
+def _explain(
+    kind: type[Settings], table: dict[str, Any], details: list[ErrorDetails], where: str, within: str
+) -> ConfigError:
     detail = details[0]
     path = [str(part) for part in detail["loc"]]
     line = _line_of(table, path)
     place = where if line is None else COMMAND_LINE if line == 0 else f"{where}:{line}"
-    dotted = ".".join(path)
+    dotted = ".".join([within, *path] if within else path)
     more = f"; {len(details) - 1} more after it" if len(details) > 1 else ""
     if detail["type"] == "extra_forbidden":
         known = _keys_at(kind, path[:-1])

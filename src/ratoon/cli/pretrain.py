@@ -157,58 +157,18 @@ class _Job:
         return Prepared.open(folder)
 
     def _prepare(self, folder: Path) -> None:
-        from ratoon.data.prepare import prepare
-        from ratoon.data.sources import Reading
+        from ratoon.cli.prepare import prepare_as_told
+        from ratoon.cli.tokenizer import tokenizer_of
 
         recipe = self.plan.recipe
-        data = recipe.data
-        reading = Reading(data.field, data.split_documents, data.encoding, data.on_bad_row)
-        sources: list[Path] = [Path(source) for source in data.sources]
-        if data.corpus is not None:
-            from ratoon.store.fetch import corpus_sources, obtain
-
-            obtain(data.corpus, talk=self.talk)
-            sources = corpus_sources(data.corpus)
-        began = time.perf_counter()
-        done = prepare(
-            sources,
+        name = recipe.data.tokenizer or recipe.model.init
+        prepare_as_told(
+            recipe.data,
             folder,
-            tokenizer=self._tokenizer(),
-            vocab_size=data.vocab_size,
-            held_out_fraction=data.held_out_fraction,
-            reading=reading,
-            min_characters=data.min_characters,
+            tokenizer=None if name is None else tokenizer_of(name),
             seed=recipe.seed,
+            talk=self.talk,
         )
-        read = done.ledger["read"]
-        self.talk(
-            f"data: {read['documents']:,} documents, {read['bytes']:,} bytes, {read['tokens']:,} tokens read in "
-            f"{time.perf_counter() - began:.1f} s"
-        )
-        for reason, account in done.ledger["accounts"].items():
-            places = f" (first: {account['places'][0]})" if account["places"] else ""
-            self.talk(
-                f"  {reason}: {account['documents']:,} documents, {account['bytes']:,} bytes, "
-                f"{account['tokens']:,} tokens{places}"
-            )
-        for note in done.ledger["notes"]:
-            self.talk(f"  {note}")
-
-    def _tokenizer(self) -> Any:
-        from ratoon.generate.lm import locate
-        from ratoon.text.tokenizer import Tokenizer
-
-        recipe = self.plan.recipe
-        if recipe.data.tokenizer is not None:
-            return Tokenizer.load(recipe.data.tokenizer)
-        if recipe.model.init is None:
-            return None
-        path = locate(recipe.model.init)
-        if path.is_dir():
-            return Tokenizer.load(path)
-        from ratoon.model.gguf import read_head
-
-        return Tokenizer.from_gguf_metadata(read_head(path)[0])
 
     # -- model ---------------------------------------------------------------------------------------------------
 
