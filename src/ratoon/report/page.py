@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from ratoon.report import plots
 from ratoon.report.phrases import PHRASES, Language, duration, figure, phrase, plain, sentence, size, whole
 from ratoon.report.records import CURVES, Records
-from ratoon.store.atomic import write_text
+from ratoon.store.atomic import write_bytes
 from ratoon.store.runs import Run
 
 TEMPLATES = Path(__file__).parent / "templates"
-WIDE, NARROW = (1040, 360), (400, 300)
+WIDE, NARROW, SMALL = (1040, 360), (400, 300), (510, 230)
+PICTURES = {number: 0x2400 + number for number in range(32) if chr(number) not in "\t\n"} | {127: 0x2421}
 
 
 def write_page(run: Run, *, language: Language = "en") -> Path:
@@ -28,14 +31,14 @@ def write_page(run: Run, *, language: Language = "en") -> Path:
     Works for a run in any state: finished, failed, interrupted, just begun. The page is one file without outside
     references. Raises `ArtifactError` when the folder holds no run; `StorageError` when the disk refuses.
     """
-    write_text(run.report, render(Records.read(run), language))
+    page = render(Records.read(run), language)
+    write_bytes(run.report, page.encode("utf-8", "replace"))  # half a surrogate pair in a sample becomes "?"
     return run.report
 
 
 def render(records: Records, language: Language) -> str:
     """The page as text."""
     import jinja2
-    from markupsafe import Markup
 
     script = (TEMPLATES / "page.js").read_text(encoding="utf-8").strip()
     style = (TEMPLATES / "page.css").read_text(encoding="utf-8").strip()
@@ -57,7 +60,8 @@ def render(records: Records, language: Language) -> str:
         "size": size,
         "plain": plain,
         "duration": lambda seconds: duration(seconds, language),
-        "sentence": lambda text: sentence(str(text), language),
+        "sentence": lambda text: _code(sentence(str(text), language)),
+        "visible": _visible,
         "b": lambda text: Markup("<b>{}</b>").format(text),
         "code": lambda text: Markup("<code>{}</code>").format(text),
     }
@@ -72,8 +76,24 @@ def render(records: Records, language: Language) -> str:
     )
 
 
+def _code(text: str) -> Markup:
+    """What stands between a pair of backticks as code."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return Markup.escape(text)
+    return Markup("").join(
+        Markup("<code>{}</code>" if odd % 2 else "{}").format(part) for odd, part in enumerate(parts)
+    )
+
+
+def _visible(text: str) -> str:
+    """Control characters as their pictures (␀, ␛, …): an untrained model writes them, and a browser would drop them."""
+    return text.translate(PICTURES)
+
+
 # -- curves ------------------------------------------------------------------------------------------------------------
 
+SMOOTHED = {"loss", "throughput", "gradient_norm"}
 SCALES = {"memory": 1e-6}
 
 
@@ -101,16 +121,15 @@ def _curves(records: Records) -> list[_Curve]:
 
 def _picture(curve: _Curve, records: Records, say: Any) -> dict[str, Any]:
     """What the template needs of a curve: the pictures (wide and narrow), the legend, a label for screen readers."""
-    window = plots.smoothing_window(len(curve.y)) if curve.name == "loss" else 1
+    window = plots.smoothing_window(len(curve.y)) if curve.name in SMOOTHED else 1
     layers = []
     legend = []
     if len(curve.x):
+        if curve.name == "loss":
+            legend.append(("thin" if window > 1 else "line", say("legend_train")))
         if window > 1:
             layers.append(plots.Curve(curve.x, curve.y, "train", "thin"))
-            legend.append(("thin", say("legend_train")))
             legend.append(("line", say("legend_smooth", n=window)))
-        elif curve.name == "loss":
-            legend.append(("line", say("legend_train")))
         layers.append(plots.Curve(curve.x, plots.smooth(curve.y, window)))
     best = records.best if curve.name == "loss" else None
     uniform = records.uniform if curve.name == "loss" else None
@@ -136,7 +155,7 @@ def _picture(curve: _Curve, records: Records, say: Any) -> dict[str, Any]:
             mark_text="" if best is None else f"{best.loss:.3f}",
         )
 
-    shapes = {"wide": WIDE, "narrow": NARROW} if curve.name == "loss" else {"small": (510, 230)}
+    shapes = {"wide": WIDE, "narrow": NARROW} if curve.name == "loss" else {"small": SMALL}
     pictures = {shape: plots.draw(layers, frame(*wh), key=f"{curve.name}-{shape}") for shape, wh in shapes.items()}
     x, y = (curve.x, curve.y) if len(curve.x) else (curve.held_x, curve.held_y)
     label = say(

@@ -49,18 +49,18 @@ PHRASES: dict[str, tuple[str, str]] = {
         "The run’s manifest does not say how it stands.",
         "运行清单没有说明其状态。",
     ),
-    "reason": ("Reason", "原因"),
+    "reason": ("Reason: {text}", "原因：{text}"),
     "no_reason": ("no reason is on record", "没有记录原因"),
     "reached": ("Reached: step {step}, {percent} of the plan.", "进度：第 {step} 步，计划的 {percent}。"),
     "reached_step": ("Reached: step {step}.", "进度：第 {step} 步。"),
     "reached_nothing": ("No training step is on record.", "尚无训练步的记录。"),
     "torn": (
-        "{count} lines of metrics.jsonl could not be read (a crash cuts a line) and are left out.",
-        "metrics.jsonl 中有 {count} 行无法读取（程序崩溃会截断一行），未计入。",
+        "Lines of metrics.jsonl that could not be read (a crash cuts a line) and are left out: {count}.",
+        "metrics.jsonl 中无法读取（程序崩溃会截断一行）而未计入的行数：{count}。",
     ),
     "not_finite": (
-        "{count} values on record are not finite numbers and are not drawn.",
-        "记录中有 {count} 个值不是有限数，未绘出。",
+        "Values on record that are not finite numbers and are not drawn: {count}.",
+        "记录中不是有限数而未绘出的值：{count} 个。",
     ),
     # -- lead --------------------------------------------------------------------------------------------------
     "lead_scratch": (
@@ -88,6 +88,7 @@ PHRASES: dict[str, tuple[str, str]] = {
         "对从未见过的文本，它每字节需要 {bits} 比特；训练前需要 {before} 比特。",
     ),
     "list_and": (", ", "、"),
+    "gap": (" ", ""),
     # -- headings ----------------------------------------------------------------------------------------------
     "h_result": ("Result", "结果"),
     "h_curves": ("Curves", "曲线"),
@@ -117,11 +118,11 @@ PHRASES: dict[str, tuple[str, str]] = {
     "training_time": ("Training time", "训练用时"),
     "speed": ("Speed", "速度"),
     "speed_unit": ("tokens/s", "词元/秒"),
-    "speed_note": ("median of {n} records", "{n} 条记录的中位数"),
+    "speed_note": ("median, n = {n}", "中位数，n = {n}"),
     "peak_memory": ("Peak memory", "内存峰值"),
-    "peak_note": ("highest of {n} records", "{n} 条记录中的最高值"),
+    "peak_note": ("highest, n = {n}", "最高值，n = {n}"),
     "tokens_learned": ("Tokens learned", "学习的词元"),
-    "steps_note": ("in {n} steps", "共 {n} 步"),
+    "steps_note": ("steps: {n}", "步数：{n}"),
     "compare": ("How good is that?", "这有多好？"),
     "compare_note": (
         "Lower is better. Loss is the mean negative log-likelihood of a held-out token in nats; perplexity is its "
@@ -160,17 +161,14 @@ PHRASES: dict[str, tuple[str, str]] = {
     "unit_memory": ("MB", "MB"),
     "unit_gradient_norm": ("before clipping", "裁剪之前"),
     "legend_train": ("training", "训练"),
-    "legend_smooth": ("training, mean of {n} neighbouring records", "训练，相邻 {n} 条记录的平均"),
+    "legend_smooth": ("mean of {n} neighbouring records", "相邻 {n} 条记录的平均"),
     "legend_held_out": ("held-out", "留出"),
     "legend_best": ("best held-out: {loss} at step {step}", "最佳留出：第 {step} 步，{loss}"),
     "legend_uniform": ("uniform guess: {loss}", "均匀猜测：{loss}"),
     "log_axis": ("logarithmic axis", "对数轴"),
     "axis_step": ("step", "步"),
-    "thinned": (
-        "{n} records; of each stretch the lowest and the highest are drawn",
-        "{n} 条记录；每一段绘出最低与最高者",
-    ),
-    "records": ("{n} records", "{n} 条记录"),
+    "thinned": ("n = {n}; of each stretch the lowest and the highest are drawn", "n = {n}；每一段绘出最低与最高者"),
+    "records": ("n = {n}", "n = {n}"),
     "curve_label": (
         "{title} by step: from {first} at step {start} to {last} at step {end}; lowest {low}, highest {high}.",
         "{title}随步数的变化：从第 {start} 步的 {first} 到第 {end} 步的 {last}；最低 {low}，最高 {high}。",
@@ -180,8 +178,8 @@ PHRASES: dict[str, tuple[str, str]] = {
     "col_tokens": ("Tokens", "词元"),
     "col_time": ("Time", "时间"),
     "skipped": (
-        "{n} steps were left out because the float16 loss scale was too high for them.",
-        "有 {n} 步因 float16 损失缩放过高而被跳过。",
+        "Steps left out because the float16 loss scale was too high for them: {n}.",
+        "因 float16 损失缩放过高而被跳过的步数：{n}。",
     ),
     # -- samples -----------------------------------------------------------------------------------------------
     "samples_note": (
@@ -252,11 +250,11 @@ PHRASES: dict[str, tuple[str, str]] = {
         "{family}, {layers} layers, {width} wide, {heads} heads, context of {context} tokens, vocabulary of {vocab}",
         "{family}，{layers} 层，宽 {width}，{heads} 个头，上下文 {context} 个词元，词表 {vocab}",
     ),
-    "log_tail": ("The last {n} lines of log.txt", "log.txt 的最后 {n} 行"),
+    "log_tail": ("End of log.txt", "log.txt 末尾"),
     # -- units -------------------------------------------------------------------------------------------------
-    "u_seconds": ("{n} s", "{n} 秒"),
-    "u_minutes": ("{m} min {s} s", "{m} 分 {s} 秒"),
-    "u_hours": ("{h} h {m} min", "{h} 小时 {m} 分"),
+    "u_seconds": ("{n}\u00a0s", "{n}\u00a0秒"),
+    "u_minutes": ("{m}\u00a0min {s}\u00a0s", "{m} 分 {s} 秒"),
+    "u_hours": ("{h}\u00a0h {m}\u00a0min", "{h} 小时 {m} 分"),
 }
 
 SENTENCES_ZH: tuple[tuple[str, str], ...] = (
@@ -323,8 +321,8 @@ def size(value: float) -> str:
     """Bytes with a decimal unit: 1 MB = 1,000,000 bytes."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(value) >= unit:
-            return f"{value / unit:,.1f} {name}" if value / unit < 100 else f"{value / unit:,.0f} {name}"
-    return f"{value:,.0f} B"
+            return f"{value / unit:,.{1 if value / unit < 100 else 0}f}\u00a0{name}"
+    return f"{value:,.0f}\u00a0B"
 
 
 def duration(seconds: float, language: Language) -> str:

@@ -146,7 +146,7 @@ def _axes(axes: Any, frame: Frame) -> None:
     axes.grid(axis="y", color=INKS["faint"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=7, labelcolor=INKS["ink-soft"])
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=max(3, frame.width // 110), integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=max(4, frame.width // 95), integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if frame.log:
         axes.set_yscale("log")

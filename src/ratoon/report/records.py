@@ -130,12 +130,11 @@ class Records:
             )
         metrics = tuple(record for record in run.read_metrics() if isinstance(record, dict))
         lines = sum(bool(line.strip()) for line in _text(run.metrics_path).splitlines())
-        ledger = _text(run.folder / "ledger.json")
         return cls(
             run=run,
             state=state,
             metrics=metrics,
-            ledger=json.loads(ledger) if ledger else None,
+            ledger=_ledger(run.folder / "ledger.json"),
             recipe=_text(run.recipe_path),
             log=tuple(_text(run.folder / "log.txt").splitlines()),
             torn=lines - len(metrics),
@@ -341,12 +340,17 @@ class Records:
         texts: dict[tuple[str, int], list[tuple[int, str]]] = {}
         seen: dict[tuple[str, int], int] = {}
         for record in self.metrics:
-            if record.get("kind") != "sample":
+            prompt, step = str(record.get("prompt", "")), record.get("step")
+            if record.get("kind") != "sample" or not isinstance(step, int):
                 continue
-            prompt, step = str(record.get("prompt", "")), int(record.get("step", 0))
             count = seen[prompt, step] = seen.get((prompt, step), 0) + 1  # a prompt may stand twice in the recipe
             texts.setdefault((prompt, count), []).append((step, str(record.get("text", ""))))
         return [Sample(prompt, tuple(sorted(found, key=lambda one: one[0]))) for (prompt, _), found in texts.items()]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the preparation had to say."""
+        return [str(note) for note in (self.ledger or {}).get("notes") or []]
 
     @property
     def read_account(self) -> Account:
@@ -397,6 +401,15 @@ class Records:
     def _last(self, key: str) -> float | None:
         found = self.pairs("train", key)
         return found[-1][1] if found else None
+
+
+def _ledger(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(_text(path))
+    except ValueError:
+        return None
+    good = isinstance(found, dict) and isinstance(found.get("read"), dict) and isinstance(found.get("accounts"), dict)
+    return found if good else None
 
 
 def _text(path: Path) -> str:
