@@ -285,7 +285,7 @@ def _size_for(minutes: Any) -> tuple[str, str]:
 def _settled_shape(recipe: Recipe, name: str, context_tokens: Any, derived: list[Derived]) -> dict[str, Any]:
     """The Transformer's settings: those of the size, with the given ones over them, checked."""
     given = recipe.model.settings
-    shape = _shape(SIZES[name], context_tokens) | given
+    shape = default_shape(SIZES[name], context_tokens) | given
     if "mlp_width" not in given:
         shape["mlp_width"] = 4 * shape["width"] if isinstance(shape["width"], int) else 1
     checked = merge(given, {})
@@ -304,7 +304,7 @@ def _about_parameters(shape: Mapping[str, Any], vocab_size: int) -> int:
     return int(shape["layers"]) * (4 * width * width + 2 * width * int(shape["mlp_width"])) + 2 * width * vocab_size
 
 
-def _shape(size: Size, context_tokens: int) -> dict[str, Any]:
+def default_shape(size: Size, context_tokens: int) -> dict[str, Any]:
     """Our default architecture, which Transformers knows as NanoChat: RMS norms without gains, normed queries and
     keys, ReLU² (So et al., arXiv:2109.08668), rotary positions, embedding and head apart."""
     return {

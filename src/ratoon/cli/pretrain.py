@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -252,7 +252,7 @@ class _Job:
             tracker.log(record)
             line(record)
 
-        status = "failed"
+        status: Literal["done", "failed", "interrupted"] = "failed"
         try:
             result = train(
                 model,

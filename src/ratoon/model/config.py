@@ -16,24 +16,24 @@ from ratoon.base.settings import Settings
 class RopeScaling(Settings):
     """How rotary frequencies are stretched beyond the trained context."""
 
-    kind: Literal["linear", "llama3", "yarn"]
-    factor: float = Field(gt=0)
+    kind: Literal["linear", "llama3", "yarn"] = Field(description="which rule stretches the frequencies")
+    factor: float = Field(gt=0, description="how much longer than the trained context")
     original_context_tokens: int | None = Field(None, description="trained context (llama3, yarn)")
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    low_freq_factor: float = Field(1.0, description="llama3: waves longer than context / this are stretched whole")
+    high_freq_factor: float = Field(4.0, description="llama3: waves shorter than context / this are left alone")
+    beta_fast: float = Field(32.0, description="yarn: channels that turn more often in the context are left alone")
+    beta_slow: float = Field(1.0, description="yarn: channels that turn less often are stretched whole")
     attention_factor: float | None = Field(None, description="yarn: scale of cos and sin; absent = 0.1 ln(factor) + 1")
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
+    mscale: float | None = Field(None, description="yarn: scale of cos and sin by the factor (DeepSeek)")
+    mscale_all_dim: float | None = Field(None, description="yarn: the same, divided out of it")
+    truncate: bool = Field(True, description="yarn: the borders are rounded to whole channels")
 
 
 class MoE(Settings):
     """A mixture-of-experts MLP: top-k routing with a load-balancing loss (Switch Transformer, eq. 4-6)."""
 
-    experts: int = Field(ge=2)
-    experts_per_token: int = Field(ge=1)
+    experts: int = Field(ge=2, description="experts of a layer")
+    experts_per_token: int = Field(ge=1, description="experts that a token is sent to")
     expert_width: int = Field(ge=1, description="hidden width of one expert")
     normalize_weights: bool = Field(True, description="the chosen experts' weights sum to 1")
     balance_weight: float = Field(0.001, ge=0, description="weight of the load-balancing loss")
@@ -43,17 +43,17 @@ class ModelConfig(Settings):
     """A Transformer's shape. Widths are channels, lengths tokens."""
 
     family: str = Field("llama", description="the Hugging Face family it is written as; see model/families.py")
-    vocab_size: int = Field(ge=1)
-    width: int = Field(ge=1)
-    layers: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    kv_heads: int | None = Field(None, description="absent = heads")
+    vocab_size: int = Field(ge=1, description="tokens; absent in a recipe: the tokenizer's")
+    width: int = Field(ge=1, description="channels of the hidden state")
+    layers: int = Field(ge=1, description="blocks of attention and MLP")
+    heads: int = Field(ge=1, description="query heads")
+    kv_heads: int | None = Field(None, description="key/value heads (grouped-query attention); absent = heads")
     head_dim: int | None = Field(None, description="channels of a head; absent = width / heads")
-    mlp_width: int = Field(ge=1)
-    context_tokens: int = Field(ge=1)
+    mlp_width: int = Field(ge=1, description="hidden width of the MLP; absent in a recipe: 4 times the width")
+    context_tokens: int = Field(ge=1, description="the longest context; absent in a recipe: that of the rows")
 
-    norm: Literal["rms", "layer"] = "rms"
-    norm_eps: float = 1e-5
+    norm: Literal["rms", "layer"] = Field("rms", description="RMS norm, or layer norm with mean and bias")
+    norm_eps: float = Field(1e-5, description="added under the norm's root")
     norm_weight: Literal["plain", "plus_one", "none"] = Field(
         "plain", description="RMS norm's gain: w, 1 + w (Gemma), or none at all (NanoChat)"
     )
@@ -65,38 +65,42 @@ class ModelConfig(Settings):
     embedding_norm: bool = Field(False, description="norm right after the embedding (NanoChat)")
     embedding_scale: float | None = Field(None, description="the embedding is multiplied by this (Gemma)")
 
-    positions: Literal["rotary", "learned", "none"] = "rotary"
-    rope_theta: float = 10_000.0
+    positions: Literal["rotary", "learned", "none"] = Field("rotary", description="how a token knows its place")
+    rope_theta: float = Field(10_000.0, description="base of the rotary wavelengths")
     rope_fraction: float = Field(1.0, gt=0, le=1, description="share of a head's channels that rotate (GPT-NeoX)")
     rope_sign: Literal[1, -1] = Field(1, description="direction of the rotation (NanoChat turns the other way)")
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | None = Field(None, description="stretching beyond the trained context; absent: none")
     rope_local_theta: float | None = Field(None, description="theta of the sliding-window layers (Gemma 3); unscaled")
 
     query_scale: float | None = Field(None, description="scores are multiplied by this; absent = head_dim ** -0.5")
-    qkv_bias: bool = False
-    out_bias: bool = False
-    qk_norm: Literal["none", "before_rope", "after_rope"] = "none"
-    attention_softcap: float | None = None
+    qkv_bias: bool = Field(False, description="biases of the query, key and value projections")
+    out_bias: bool = Field(False, description="bias of the attention's output projection")
+    qk_norm: Literal["none", "before_rope", "after_rope"] = Field(
+        "none", description="queries and keys are normed, before or after the rotation"
+    )
+    attention_softcap: float | None = Field(None, description="scores go through cap * tanh(score / cap)")
     windows: tuple[int | None, ...] | None = Field(
         None, description="per layer: keys a token sees, itself included; null = all before it"
     )
 
-    mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu", "geglu_tanh"] = "swiglu"
-    mlp_bias: bool = False
-    moe: MoE | None = None
+    mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu", "geglu_tanh"] = Field(
+        "swiglu", description="the MLP's activation; swiglu and geglu_tanh have a gate"
+    )
+    mlp_bias: bool = Field(False, description="biases of the MLP's projections")
+    moe: MoE | None = Field(None, description="a mixture of experts in place of the MLP; absent: none")
     moe_layers: tuple[int, ...] | None = Field(None, description="layers with experts; absent = all, if moe is given")
 
-    tied_embeddings: bool = True
-    head_bias: bool = False
-    logit_softcap: float | None = None
-    init_std: float = 0.02
+    tied_embeddings: bool = Field(True, description="the head is the embedding's matrix")
+    head_bias: bool = Field(False, description="bias of the head")
+    logit_softcap: float | None = Field(None, description="logits go through cap * tanh(logit / cap)")
+    init_std: float = Field(0.02, description="standard deviation of new weights")
     zero_init_outputs: bool = Field(True, description="output projections start at 0, so each block starts as identity")
 
     causal: bool = Field(True, description="False: an encoder, each token sees all of its document")
     cross_attention: bool = Field(False, description="a decoder that also attends to an encoder's output")
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    pad_id: int | None = None
+    bos_id: int | None = Field(None, description="token that begins a text; absent in a recipe: the tokenizer's")
+    eos_ids: tuple[int, ...] = Field((), description="tokens that end a text; absent in a recipe: the tokenizer's")
+    pad_id: int | None = Field(None, description="padding token; absent in a recipe: the tokenizer's")
 
     @property
     def kv(self) -> int:
