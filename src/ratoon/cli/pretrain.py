@@ -380,8 +380,8 @@ def next_commands(run: Run, language: str, chats: bool) -> list[str]:
 
 def _initial(name: str, prepared: Prepared) -> tuple[Transformer, Any]:
     """The model to go on with. Raises `ArtifactError` when the shards were made with another tokenizer."""
+    from ratoon.cli.export import model_parent
     from ratoon.generate.lm import load, locate
-    from ratoon.store.artifact import MANIFEST, Parent, file_hash, read_manifest
 
     lm = load(name, device="cpu")
     if lm.tokenizer is None:
@@ -393,12 +393,8 @@ def _initial(name: str, prepared: Prepared) -> tuple[Transformer, Any]:
             expected=f"the tokenizer of '{name}' ({lm.tokenizer.hash[:12]}), found {prepared.tokenizer.hash[:12]}",
             fix="leave data.tokenizer out, or prepare the data with the model's tokenizer",
         )
-    path = locate(name)
-    sealed = path.is_dir() and (path / MANIFEST).is_file()
-    weights = path if path.is_file() else next(iter(sorted(path.glob("*.safetensors*"))))
-    known = read_manifest(path).hash if sealed else file_hash(weights)
     lm.model.requires_grad_(True)
-    return lm.model, Parent(kind="model", hash=known, name=name)
+    return lm.model, model_parent(name, locate(name))
 
 
 def _prompts(prepared: Prepared) -> list[str]:
