@@ -138,10 +138,19 @@ def read_manifest(
         )
     try:
         manifest = Manifest.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, ValidationError) as error:
-        raise ArtifactError(f"the manifest is not readable: {error}", where=path) from None
+    except (OSError, ValueError, ValidationError) as error:
+        raise ArtifactError(
+            f"the manifest is not readable: {error}", where=path, fix="fetch or make the folder again"
+        ) from None
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(f"the folder holds a {manifest.kind}", where=folder, expected=f"a {kind}")
+    if manifest.hash != _contents_hash(manifest.kind, manifest.files):
+        raise ArtifactError(
+            "the manifest was changed by hand or torn: its hash is not that of the files it names",
+            where=path,
+            expected=_contents_hash(manifest.kind, manifest.files),
+            fix="fetch or make the folder again",
+        )
     for name, entry in manifest.files.items():
         file = folder / name
         if not file.is_file():
@@ -155,16 +164,23 @@ def read_manifest(
                 fix="fetch or make the folder again",
             )
         if check == "hash" and file_hash(file) != entry.sha256:
-            raise ArtifactError("the file's contents changed", where=file, expected=f"sha256 {entry.sha256}")
+            raise ArtifactError(
+                "the file's contents changed",
+                where=file,
+                expected=f"sha256 {entry.sha256}",
+                fix="fetch or make the folder again",
+            )
     return manifest
 
 
 def expect_parent(manifest: Manifest, parent: Manifest, *, where: str | os.PathLike[str]) -> None:
     """Raise `ArtifactError` unless `manifest` names `parent` as what it was made from."""
     named = manifest.parent(parent.kind)
-    if named is not None and named.hash != parent.hash:
+    if named is None or named.hash != parent.hash:
         raise ArtifactError(
-            f"the {manifest.kind} was made with another {parent.kind} ({named.hash[:12]})",
+            f"the {manifest.kind} does not say with which {parent.kind} it was made"
+            if named is None
+            else f"the {manifest.kind} was made with another {parent.kind} ({named.hash[:12]})",
             where=where,
             expected=f"{parent.kind} {parent.hash[:12]}",
             fix=f"use the {parent.kind} it was made with, or make the {manifest.kind} again",

@@ -47,7 +47,7 @@ def obtain(name: str, *, talk: Talk) -> Path:
     folder = folder_of(name)
     if _whole(one, folder):
         return folder
-    for sentence in sweep(home()):
+    for sentence in [*sweep(home()), *sweep(folder)]:
         talk(sentence)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

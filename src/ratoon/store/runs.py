@@ -16,7 +16,7 @@ from ratoon.base.errors import ArtifactError, ConfigError, storage_errors
 from ratoon.store.atomic import sweep, write_json, write_text
 
 RUNS = "runs"
-_NAME = re.compile(r"^[\w][\w.\-]*$")
+_NAME = re.compile(r"\w[\w.\-]*")
 
 
 class Run:
@@ -56,7 +56,7 @@ class Run:
     @classmethod
     def create(cls, name: str, root: str | os.PathLike[str] = RUNS) -> Run:
         """A new run's folder; raises `ConfigError` for a bad name or one that is taken."""
-        if not _NAME.match(name):
+        if not _NAME.fullmatch(name):
             raise ConfigError(f"'{name}' cannot name a run", where="run", expected="letters, digits, . _ -")
         run = cls(Path(root) / name)
         if run.state_path.exists():
@@ -97,13 +97,31 @@ class Run:
         """The run's `manifest.json`, or `{}` when it was never written."""
         if not self.state_path.is_file():
             return {}
-        found: dict[str, Any] = json.loads(self.state_path.read_text(encoding="utf-8"))
+        try:
+            found: dict[str, Any] = json.loads(self.state_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArtifactError(
+                f"the run's state is not readable: {error}",
+                where=self.state_path,
+                expected="JSON, as Ratoon wrote it",
+                fix="put the file back from a copy, or start the run again under another name",
+            ) from None
         return found
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add one line to `metrics.jsonl`; a line is whole or, after a crash, ignored by `read_metrics`."""
-        with storage_errors(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+        """Add one line to `metrics.jsonl`; a line is whole or, after a crash, ignored by `read_metrics`.
+
+        Raises `StorageError` when the disk refuses; the lines before are whole then.
+        """
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        with storage_errors(self.metrics_path), open(self.metrics_path, "ab", buffering=0) as handle:
+            before = handle.seek(0, os.SEEK_END)
+            try:
+                while line:  # a disk that fills takes a part, and says so at the next
+                    line = line[handle.write(line) :]
+            except OSError:
+                handle.truncate(before)
+                raise
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """The records of `metrics.jsonl` in order."""
