@@ -1,7 +1,12 @@
-"""The ledger of a preparation: everything that was read is booked once, under a reason, and the sums agree."""
+"""The ledger of a preparation: everything that was read is booked once, under a reason, and the sums agree.
+
+Documents count as they came from the files; bytes are those of their texts as UTF-8, or of the whole row where no text
+could be taken from it; tokens are those of the texts, without the separators that shards put between documents.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +28,13 @@ class Account:
 
 
 class Ledger:
-    """read = train + held_out + every reason for leaving out, in documents, bytes and tokens."""
+    """read = train + held_out + every reason for leaving out, in documents, bytes and tokens.
 
-    def __init__(self) -> None:
+    `left_out` is called with reason, place and bytes of everything that is booked under another reason than kept.
+    """
+
+    def __init__(self, left_out: Callable[[str, str, int], None] | None = None) -> None:
+        self._left_out = left_out
         self.read = Account()
         self.accounts: dict[str, Account] = {}
         self.notes: list[str] = []
@@ -42,8 +51,12 @@ class Ledger:
         account.documents += documents
         account.bytes += bytes
         account.tokens += tokens
-        if where is not None and len(account.places) < SHOWN_PLACES:
+        if where is None or reason in KEPT:
+            return
+        if len(account.places) < SHOWN_PLACES:
             account.places.append(where)
+        if self._left_out is not None:
+            self._left_out(reason, where, bytes)
 
     def note(self, sentence: str) -> None:
         """Something a person should know, once."""

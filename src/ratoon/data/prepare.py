@@ -1,7 +1,7 @@
 """Files -> a prepared folder: tokenizer, training and held-out shards, ledger.
 
-Decides what is a duplicate, what is held out, and that the ledger adds up. Reads the sources twice (once to decide,
-once to write), so that memory does not grow with the text.
+Decides what is a duplicate, what is held out, and that the ledger adds up. Reads the sources anew for each of its
+stages (to decide, to train a tokenizer, to write), so that memory does not grow with the text.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ratoon.base.errors import ArtifactError, DataError
-from ratoon.data.ledger import Ledger
+from ratoon.base.errors import ArtifactError, ConfigError, DataError, StorageError
+from ratoon.data.ledger import Account, Ledger
 from ratoon.data.shards import Shards, ShardWriter
-from ratoon.data.sources import Document, Reading, find_files, read
+from ratoon.data.sources import EMPTY, Document, Reading, find_files, read
 from ratoon.store.artifact import Manifest, Parent, read_manifest, seal
 from ratoon.store.atomic import atomic_folder, sweep, write_json
 from ratoon.text.tokenizer import Tokenizer
 
 BATCH_DOCUMENTS = 512
 BATCH_BYTES = 4 << 20
-TRAIN, HELD_OUT, DUPLICATE, EMPTY, SHORT = "train", "held_out", "duplicate", "empty", "too_short"
+TRAIN, HELD_OUT, DUPLICATE, SHORT = "train", "held_out", "duplicate", "too_short"
 
 Source = Callable[[Ledger], Iterator[Document]]
 """Documents, anew at each call; rows it leaves out are booked in the ledger it is given."""
@@ -75,20 +76,32 @@ def prepare(
 ) -> Prepared:
     """Prepare `sources` (files and folders, or a callable giving documents) into the folder `out`.
 
-    Without a `tokenizer` one of `vocab_size` is trained on the training part. Raises `DataError` for what cannot be
-    read or is too little; `StorageError` when the disk refuses. `out` appears whole or not at all.
+    Without a `tokenizer` one of `vocab_size` is trained on the training part. A document whose text stood before, but
+    for white space at its ends, is a duplicate; which ones are held out depends on `seed` and the text alone. Raises
+    `DataError` for what cannot be read or is too little; `StorageError` when the disk refuses or `out` stands already.
+    `out` appears whole or not at all.
     """
     out = Path(out)
+    if not 0 <= held_out_fraction < 1:
+        raise ConfigError(
+            f"{held_out_fraction} is no share of the text", where="held_out_fraction", expected="0 up to below 1"
+        )
+    if out.exists() and not replace:
+        raise StorageError(
+            "the folder exists already", where=out, expected="a new name", fix="choose another name or remove it"
+        )
     if out.parent.is_dir():
         sweep(out.parent)
     reading = reading or Reading()
     if callable(sources):
         source = sources
     else:
-        files = find_files(sources, Ledger())
+        found = Ledger()
+        files = find_files(sources, found)
 
         def source(ledger: Ledger) -> Iterator[Document]:
-            find_files(sources, ledger)
+            for note in found.notes:
+                ledger.note(note)
             return read(files, reading, ledger)
 
     decisions = _decide(source, held_out_fraction, min_characters, seed, progress)
@@ -112,10 +125,30 @@ def prepare(
 
 @dataclass
 class _Decisions:
-    """What becomes of each document, by its number; `cut` is the character at which the only document is divided."""
+    """What becomes of each document, by its number, and how many bytes it had; `cut` is the character at which the only
+    document is divided."""
 
     reasons: list[str]
+    sizes: list[int]
     cut: int | None = None
+
+    def again(self, source: Iterator[Document]) -> Iterator[tuple[str, Document]]:
+        """The documents of another reading with their reasons. Raises `DataError` when they differ."""
+        number = 0
+        for number, document in enumerate(source, start=1):
+            if number > len(self.sizes) or self.sizes[number - 1] != document.bytes:
+                raise self._changed(document.place)
+            yield self.reasons[number - 1], document
+        if number != len(self.sizes):
+            raise self._changed("the last file")
+
+    def _changed(self, where: str) -> DataError:
+        return DataError(
+            "the sources changed while they were read",
+            where=where,
+            expected=f"the {len(self.sizes):,} documents of the first reading",
+            fix="prepare again when nothing writes to them",
+        )
 
 
 def _decide(
@@ -123,35 +156,35 @@ def _decide(
 ) -> _Decisions:
     seen: set[bytes] = set()
     reasons: list[str] = []
+    sizes: list[int] = []
     keys: list[tuple[int, int]] = []  # (draw, number) of what is kept
     only: str | None = None
-    for number, document in enumerate(source(Ledger())):
-        plain = " ".join(document.text.split())
-        if not plain:
+    ledger = Ledger()
+    for number, document in enumerate(source(ledger)):
+        sizes.append(document.bytes)
+        bare = document.text.strip()
+        if not bare:
             reasons.append(EMPTY)
-        elif len(plain) < min_characters:
+        elif len(bare) < min_characters:
             reasons.append(SHORT)
         else:
-            digest = hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            digest = _digest(bare, document)
             if digest in seen:
                 reasons.append(DUPLICATE)
             else:
                 seen.add(digest)
                 reasons.append(TRAIN)
-                draw = hashlib.blake2b(digest, digest_size=8, key=seed.to_bytes(8, "little")).digest()
+                # Texts that differ in white space alone fall on the same side.
+                key = _digest(" ".join(bare.split()), document)
+                draw = hashlib.blake2b(key, digest_size=8, key=seed.to_bytes(8, "little")).digest()
                 keys.append((int.from_bytes(draw, "little"), number))
                 only = document.text if len(keys) == 1 else None
         if number % 1000 == 0:
             progress("reading", number)
     if not keys:
-        raise DataError(
-            f"nothing is left of {len(reasons):,} documents",
-            where="preparation",
-            expected="at least one text",
-            fix="look at the sources: they are empty, all too short, or their text field is another",
-        )
+        raise _nothing_left(reasons, ledger)
     if only is not None:
-        return _Decisions(reasons, _line_cut(only, fraction))
+        return _Decisions(reasons, sizes, _line_cut(only, fraction) if fraction else None)
     threshold = int(fraction * 2**64)
     held = [number for draw, number in keys if draw < threshold]
     if not held and fraction > 0:
@@ -160,30 +193,78 @@ def _decide(
         held.remove(max(keys)[1])
     for number in held:
         reasons[number] = HELD_OUT
-    return _Decisions(reasons)
+    return _Decisions(reasons, sizes)
+
+
+def _digest(text: str, document: Document) -> bytes:
+    try:
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    except UnicodeEncodeError:
+        raise DataError(
+            "the text holds a lone surrogate: it is no Unicode text",
+            where=document.place,
+            expected="text that can be written as UTF-8",
+        ) from None
+
+
+def _nothing_left(reasons: list[str], ledger: Ledger) -> DataError:
+    counts = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    for reason, account in ledger.accounts.items():
+        counts[reason] = counts.get(reason, 0) + account.documents
+    places = [place for account in ledger.accounts.values() for place in account.places[:1]]
+    told = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    return DataError(
+        f"nothing is left of {sum(counts.values()):,} documents" + (f": {told}" if told else ""),
+        where="; ".join([*places, *(note for note in ledger.notes if note.startswith("nothing stands"))]) or "sources",
+        expected="at least one text",
+        fix="look at the sources: they are empty, all too short, or their text field is another",
+    )
 
 
 def _line_cut(text: str, fraction: float) -> int:
-    """Where a lone text is divided: after the line that ends nearest before its last `fraction`."""
-    at = int(len(text) * (1 - fraction))
-    line = text.rfind("\n", 0, at) + 1
-    return line if line > 0 else at
+    """Where a lone text is divided: before its last `fraction`, at the end of a line or else of a word when one ends
+    not long before."""
+    at = max(1, int(len(text) * (1 - fraction)))
+    least = max(1, at - int(len(text) * min(fraction, 1 - fraction) / 2))
+    for border in ("\n", " "):
+        found = text.rfind(border, least - 1, at)
+        if found >= 0:
+            return found + 1
+    return at
 
 
 def _training_texts(source: Source, decisions: _Decisions, progress: Callable[[str, int], None]) -> Iterator[str]:
-    for number, document in enumerate(source(Ledger())):
-        if decisions.reasons[number] == TRAIN:
+    for number, (reason, document) in enumerate(decisions.again(source(Ledger()))):
+        if reason == TRAIN:
             yield document.text if decisions.cut is None else document.text[: decisions.cut]
         if number % 1000 == 0:
             progress("training the tokenizer", number)
 
 
-def _batches(source: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+Part = tuple[Document, str, int]
+"""A text to write with its reason, and as how many documents it counts."""
+
+
+def _parts(decided: Iterator[tuple[str, Document]], cut: int | None) -> Iterator[Part]:
+    """Each document, counted once; the only kept one as its two parts, of which the first counts."""
+    for reason, document in decided:
+        if cut is None or reason != TRAIN:
+            yield document, reason, 1
+            continue
+        head, tail = document.text[:cut], document.text[cut:]
+        size = len(head.encode())
+        yield Document(head, document.source, document.line, size), TRAIN, 1
+        if tail:
+            line = document.line + head.count("\n")
+            yield Document(tail, document.source, line, document.bytes - size), HELD_OUT, 0
+
+
+def _batches(parts: Iterator[Part]) -> Iterator[list[Part]]:
+    batch: list[Part] = []
     size = 0
-    for document in source:
-        batch.append(document)
-        size += document.bytes
+    for part in parts:
+        batch.append(part)
+        size += part[0].bytes
         if len(batch) >= BATCH_DOCUMENTS or size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -198,42 +279,50 @@ def _write(
     folder: Path,
     progress: Callable[[str, int], None],
 ) -> Ledger:
-    ledger = Ledger()
-    writers = {part: ShardWriter(folder / part, tokenizer.vocab_size) for part in (TRAIN, HELD_OUT)}
-    separator = tokenizer.separator_id
-    begin = [] if separator is None else [separator]
-    number = 0
-    with open(folder / "left_out.jsonl", "w", encoding="utf-8") as left_out:
-        for batch in _batches(source(ledger)):
-            parts = [part for i, document in enumerate(batch) for part in _parts(document, number + i, decisions)]
-            encoded = tokenizer.encode_batch([document.text for document, _, _ in parts])
-            for (document, reason, whole), ids in zip(parts, encoded, strict=True):
-                kept = reason in writers
-                ledger.receive(whole, document.bytes, len(ids))
-                ledger.book(reason, whole, document.bytes, len(ids), where=None if kept else document.place)
-                if kept:
+    begin = [] if tokenizer.separator_id is None else [tokenizer.separator_id]
+    with ExitStack() as files:
+        left_out = files.enter_context(open(folder / "left_out.jsonl", "w", encoding="utf-8"))
+
+        def leave_out(reason: str, where: str, size: int) -> None:
+            row = {"reason": reason, "where": where, "bytes": size}
+            left_out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+        ledger = Ledger(leave_out)
+
+        def received() -> Iterator[Document]:
+            for document in source(ledger):
+                ledger.receive(1, document.bytes)
+                yield document
+
+        writers = {
+            part: files.enter_context(ShardWriter(folder / part, tokenizer.vocab_size)) for part in (TRAIN, HELD_OUT)
+        }
+        written = 0
+        for batch in _batches(_parts(decisions.again(received()), decisions.cut)):
+            encoded = tokenizer.encode_batch([document.text for document, _, _ in batch])
+            ledger.receive(0, 0, sum(map(len, encoded)))
+            for (document, reason, whole), ids in zip(batch, encoded, strict=True):
+                ledger.book(reason, whole, document.bytes, len(ids), where=document.place)
+                if reason in writers:
                     writers[reason].add(begin + ids, document.bytes, document.place)
-                else:
-                    left_out.write(json.dumps({"reason": reason, "where": document.place}) + "\n")
                 if decisions.cut is not None and reason == HELD_OUT:
                     ledger.note(f"one document only: its last part, from {document.place} on, is held out")
-            number += len(batch)
-            progress("writing", number)
-    parent = Parent(kind="tokenizer", hash=tokenizer.hash)
-    for writer in writers.values():
-        writer.close(parent, separator)
+                written += whole
+            progress("writing", written)
+        parent = Parent(kind="tokenizer", hash=tokenizer.hash)
+        for part, writer in writers.items():
+            facts = writer.close(parent, tokenizer.separator_id).facts
+            _agree(ledger, part, facts["text_bytes"], facts["tokens"] - facts["documents"] * len(begin))
     return ledger
 
 
-def _parts(document: Document, number: int, decisions: _Decisions) -> list[tuple[Document, str, int]]:
-    """A document with its reason, counted once; the only kept one as its two parts, of which the first counts."""
-    reason = decisions.reasons[number]
-    if decisions.cut is None or reason != TRAIN:
-        return [(document, reason, 1)]
-    head, tail = document.text[: decisions.cut], document.text[decisions.cut :]
-    head_bytes = len(head.encode("utf-8", "surrogatepass"))
-    line = document.line + head.count("\n")
-    return [
-        (Document(head, document.source, document.line, head_bytes), TRAIN, 1),
-        (Document(tail, document.source, line, document.bytes - head_bytes), HELD_OUT, 0),
-    ]
+def _agree(ledger: Ledger, part: str, size: int, tokens: int) -> None:
+    """Raise `DataError` unless the shards of `part` hold what is booked under it."""
+    account = ledger.accounts.get(part, Account())
+    if (account.bytes, account.tokens) != (size, tokens):
+        raise DataError(
+            f"the shards of '{part}' hold {size:,} bytes in {tokens:,} tokens",
+            where="preparation",
+            expected=f"{account.bytes:,} bytes in {account.tokens:,} tokens, as booked",
+            fix="please report this: nothing was written",
+        )

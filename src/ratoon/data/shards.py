@@ -7,10 +7,12 @@ each document). Each document begins with the separator token, where the tokeniz
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import IO
 
 import numpy as np
@@ -20,10 +22,14 @@ from ratoon.base.errors import ArtifactError, DataError, storage_errors
 from ratoon.store.artifact import Manifest, Parent, read_manifest, seal
 
 SHARD_TOKENS = 1 << 28
+FACTS = {"dtype", "tokens", "documents", "text_bytes", "vocab_size", "largest_id", "separator_id"}
 
 
 class ShardWriter:
-    """Writes documents one after the other into a folder that the caller makes atomic; `close` seals it."""
+    """Writes documents one after the other into a folder that the caller makes atomic; `close` seals it.
+
+    As a context it lets go of its files when the block ends in an error.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
         self.folder = Path(folder)
@@ -57,10 +63,24 @@ class ShardWriter:
                 self._next_file()
             assert self._tokens is not None
             self._tokens.write(values.astype(self.dtype).tobytes())
-            self._names.write(name.replace("\n", " ") + "\n")
+            self._names.write(name.replace("\n", " ").replace("\r", " ") + "\n")
         self._in_file += len(values)
         self.starts.append(self.starts[-1] + len(values))
         self.bytes.append(text_bytes)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in (self._tokens, self._names):
+            if file is not None:
+                try:
+                    file.close()
+                except OSError:  # what it still held does not fit either; the error that counts is on its way
+                    if error is None:
+                        raise
 
     def _next_file(self) -> None:
         if self._tokens is not None:
@@ -76,8 +96,11 @@ class ShardWriter:
             assert self._tokens is not None
             self._tokens.close()
             self._names.close()
-            np.save(self.folder / "starts.npy", np.asarray(self.starts, dtype=np.int64))
-            np.save(self.folder / "bytes.npy", np.asarray(self.bytes, dtype=np.int64))
+            for name, values in (("starts.npy", self.starts), ("bytes.npy", self.bytes)):
+                # np.save into a file says nothing of why the disk refused
+                data = io.BytesIO()
+                np.save(data, np.asarray(values, dtype=np.int64))
+                (self.folder / name).write_bytes(data.getbuffer())
             return seal(
                 self.folder,
                 "shards",
@@ -102,6 +125,13 @@ class Shards:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder, "shards")
         facts = self.manifest.facts
+        if not facts.keys() >= FACTS:
+            raise ArtifactError(
+                "the folder holds no shards of its own",
+                where=folder,
+                expected="one of its parts: train or held_out" if (self.folder / "train").is_dir() else "shards",
+                fix="open the part, or the whole with Prepared.open",
+            )
         self.separator_id: int | None = facts["separator_id"]
         self.vocab_size: int = facts["vocab_size"]
         self.largest_id: int = facts["largest_id"]
@@ -139,7 +169,7 @@ class Shards:
     @cached_property
     def names(self) -> list[str]:
         """File and line of each document."""
-        return (self.folder / "names.txt").read_text(encoding="utf-8").splitlines()
+        return (self.folder / "names.txt").read_text(encoding="utf-8").split("\n")[:-1]
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Ids `start` … `stop` - 1 of the stream, as int64."""

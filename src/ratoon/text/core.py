@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer as Core
@@ -77,6 +78,27 @@ def _with_breaks(pre_tokenizer: dict[str, Any] | None, spellings: list[str]) -> 
         return cut
     parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     return {"type": "Sequence", "pretokenizers": [*(part for part in parts if part != cut), cut]}
+
+
+def frame(begin: Sequence[str], end: Sequence[str], ids: Mapping[str, int]) -> dict[str, Any] | None:
+    """The post-processor that puts special tokens around a text; None where there are none."""
+    if not begin and not end:
+        return None
+
+    def around(*texts: str) -> list[dict[str, Any]]:
+        inner = [{"Sequence": {"id": text, "type_id": 0}} for text in texts]
+        return [*map(_mark, begin), *inner, *map(_mark, end)]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A"),
+        "pair": around("A", "B"),
+        "special_tokens": {text: {"id": text, "ids": [ids[text]], "tokens": [text]} for text in (*begin, *end)},
+    }
+
+
+def _mark(token: str) -> dict[str, Any]:
+    return {"SpecialToken": {"id": token, "type_id": 0}}
 
 
 def whole_runs(tokens: list[str]) -> list[str]:

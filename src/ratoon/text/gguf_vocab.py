@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ratoon.base.errors import ArtifactError
-from ratoon.text.pieces import BYTE, CONTROL, MERGES, UNIGRAM, UNKNOWN, USER, Pieces, frame, to_table
+from ratoon.text.core import frame
+from ratoon.text.pieces import BYTE, CONTROL, MERGES, UNIGRAM, UNKNOWN, USER, Pieces, to_table
 
 ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 

@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer as Core
 
 from ratoon.base.errors import ArtifactError
-from ratoon.text.core import read_core
+from ratoon.text.core import frame, read_core
 
 FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 SPACE = "▁"
@@ -254,24 +254,3 @@ def _frame(pieces: Pieces, add_bos: bool, add_eos: bool) -> dict[str, Any] | Non
     begin = [roles["bos_token"]] if add_bos and "bos_token" in roles else []
     end = [roles["eos_token"]] if add_eos and "eos_token" in roles else []
     return frame(begin, end, {text: pieces.texts.index(text) for text in (*begin, *end)})
-
-
-def frame(begin: Sequence[str], end: Sequence[str], ids: Mapping[str, int]) -> dict[str, Any] | None:
-    """The post-processor that puts special tokens around a text; None where there are none."""
-    if not begin and not end:
-        return None
-
-    def around(*texts: str) -> list[dict[str, Any]]:
-        inner = [{"Sequence": {"id": text, "type_id": 0}} for text in texts]
-        return [*map(_mark, begin), *inner, *map(_mark, end)]
-
-    return {
-        "type": "TemplateProcessing",
-        "single": around("A"),
-        "pair": around("A", "B"),
-        "special_tokens": {text: {"id": text, "ids": [ids[text]], "tokens": [text]} for text in (*begin, *end)},
-    }
-
-
-def _mark(token: str) -> dict[str, Any]:
-    return {"SpecialToken": {"id": token, "type_id": 0}}

@@ -15,13 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Core
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from ratoon.base.errors import ArtifactError, ConfigError, DataError
-from ratoon.text.core import ids_hash, read_core, whole_runs
+from ratoon.text.core import frame, ids_hash, read_core, whole_runs
 
 END = "<|endoftext|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -101,9 +101,9 @@ class Tokenizer:
             return cls(core)
         begin = special_tokens[0]
         # A prompt begins as a document does in training; Transformers reads the same rule from the file.
-        core.post_processor = processors.TemplateProcessing(
-            single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, core.token_to_id(begin))]
-        )
+        table = json.loads(core.to_str(pretty=False))
+        table["post_processor"] = frame([begin], [], {begin: core.get_vocab()[begin]})
+        core = Core.from_str(json.dumps(table, ensure_ascii=False))
         config: dict[str, Any] = {"bos_token": begin, "eos_token": begin, "pad_token": begin}
         if {TURN_START, TURN_END} <= set(special_tokens):
             config["chat_template"] = CHATML
