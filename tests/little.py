@@ -176,6 +176,8 @@ def go(
 
     more = {} if objective is None else {"objective": objective}
     hooks = Hooks(log=both, talk=outcome.words.append, evaluate=evaluate, sample=sample)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two threads on tensors of this size wait for each other, for seconds on a busy machine
     try:
         outcome.result = train(
             outcome.model, loader or Rows(), settings(**changes), run, hooks=hooks, resume=resume, **more
@@ -183,6 +185,8 @@ def go(
     except BaseException as error:
         error.outcome = outcome  # type: ignore[attr-defined]
         raise
+    finally:
+        torch.set_num_threads(threads)
     return outcome
 
 

@@ -187,6 +187,8 @@ class _Session:
         if world.first:
             hooks.talk(f"{self.place.device}, {self.place.precision}; {allocator}")
             hooks.talk(compile_model(model, settings))
+            if settings.recompute_blocks:
+                hooks.talk("blocks are computed again in the backward pass: less memory, a third more arithmetic")
             for sentence in settings.without_effect():
                 hooks.talk(sentence)
             parts = math.ceil(rows / self.micro_rows)
