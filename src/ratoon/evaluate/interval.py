@@ -44,3 +44,12 @@ def student_975(degrees: int) -> float:
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
         + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
     )
+
+
+def share_interval(hits: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share, `hits` of `n`, after Wilson (1927): it stays within 0 and 1, and is no point at
+    either end."""
+    share, z2 = hits / n, _Z * _Z
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    reach = _Z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, middle - reach), min(1.0, middle + reach)

@@ -183,8 +183,9 @@ def held_out(
     A row sees nothing of the row before it; with `stride_tokens` rows overlap, and a token has at least
     `context_tokens` - `stride_tokens` before it (as far as its document reaches back). `limit_tokens`: at most so many
     tokens, in rows spread evenly over the text. `tokenizer` (if absent, the one that was prepared beside the shards)
-    counts the bytes of documents that are counted in part. `progress(rows done, rows in all)` is called now and then. Raises `DataError` for a text too short to measure,
-    `ArtifactError` for ids that the model does not know, `NumericError` for a loss that is not a number.
+    counts the bytes of documents that are counted in part. `progress(rows done, rows in all)` is called now and then.
+    Raises `DataError` for a text too short to measure, `ArtifactError` for ids that the model does not know,
+    `NumericError` for a loss that is not a number.
     """
     _fits(model, shards, context_tokens, stride_tokens)
     grid, row_tokens = held_out_grid(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,16 +80,7 @@ class LanguageModel:
         if isinstance(prompts, str):
             prompts = [prompts]
         ids = [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-        return generate(
-            self.model,
-            ids,
-            sampling,
-            decoder=self._decoder if self.tokenizer is not None else None,
-            eos_ids=self.eos_ids,
-            shorten=shorten,
-            logprobs=logprobs,
-            on_text=on_text,
-        )
+        return self._answers(ids, sampling, self.eos_ids, shorten=shorten, logprobs=logprobs, on_text=on_text)
 
     def chat(
         self,
@@ -100,12 +92,13 @@ class LanguageModel:
         **settings: Any,
     ) -> Generated:
         """The assistant's answer to a conversation (`[{"role": "user", "content": "…"}, …]`), rendered by the model's
-        own template. Raises `ArtifactError` where there is none; otherwise as `generate`."""
+        own template; the token that ends a turn there ends the answer. Raises `ArtifactError` where there is no
+        template; otherwise as `generate`."""
         from ratoon.text.chat import render
 
-        tokenizer = self._need_tokenizer("chat")
-        rendered = render(tokenizer, list(messages), add_generation_prompt=True)
-        return self.generate([rendered.ids], sampling, shorten=shorten, on_text=on_text, **settings)[0]
+        rendered = render(self._need_tokenizer("chat"), list(messages), add_generation_prompt=True)
+        sampling = self._sampling(sampling, settings)
+        return self._answers([rendered.ids], sampling, self.turn_end_ids, shorten=shorten, on_text=on_text)[0]
 
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt, begun as the model's tokenizer begins a text (a begin token, where it has the habit).
@@ -127,12 +120,47 @@ class LanguageModel:
             ids[own] = None
         return tuple(ids)
 
+    @cached_property
+    def turn_end_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer in a conversation: those of `eos_ids`, and the one that ends an assistant's turn in
+        the chat template, which not every folder names as an end."""
+        from ratoon.text.chat import render
+
+        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            rendered = render(self._need_tokenizer("chat"), asked)
+        except RatoonError:  # a template that serves to ask, but does not let the answers be told apart
+            return self.eos_ids
+        learned = [id for id, mask in zip(rendered.ids, rendered.mask, strict=True) if mask]
+        return tuple(dict.fromkeys([*self.eos_ids, *learned[-1:]]))
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write a Hugging Face folder with its manifest, the tokenizer too where there is one."""
         from ratoon.model.folder import write_model
 
         write_model(self.model, folder, extra_files=self.tokenizer.files() if self.tokenizer is not None else None)
         return Path(folder)
+
+    def _answers(
+        self,
+        ids: list[list[int]],
+        sampling: Sampling,
+        eos_ids: Sequence[int],
+        *,
+        shorten: Literal["left"] | None,
+        on_text: Callable[[int, str], None] | None,
+        logprobs: bool = False,
+    ) -> list[Generated]:
+        return generate(
+            self.model,
+            ids,
+            sampling,
+            decoder=self._decoder if self.tokenizer is not None else None,
+            eos_ids=eos_ids,
+            shorten=shorten,
+            logprobs=logprobs,
+            on_text=on_text,
+        )
 
     def _decoder(self, prompt: Sequence[int]) -> Decoder:
         from ratoon.text.stream import StreamDecoder
