@@ -45,6 +45,10 @@ PHRASES: dict[str, tuple[str, str]] = {
         "This run failed; what is shown is what it had reached.",
         "该次运行失败；以下是失败前的进展。",
     ),
+    "banner_untrained": (
+        "The time was over before the first step of training: this model has learned nothing.",
+        "在第一个训练步之前时间就已用完：该模型什么也没有学到。",
+    ),
     "banner_unknown": (
         "The run’s manifest does not say how it stands.",
         "运行清单没有说明其状态。",
@@ -212,8 +216,9 @@ PHRASES: dict[str, tuple[str, str]] = {
     "account_duplicate": ("Exact duplicates", "完全重复"),
     "account_empty": ("Empty", "空白"),
     "account_too_short": ("Too short", "过短"),
-    "account_cut": ("Cut", "截断"),
-    "account_bad_row": ("Unreadable rows", "无法读取的行"),
+    "account_broken_row": ("Broken rows", "损坏的行"),
+    "account_missing_field": ("Field missing", "缺少字段"),
+    "account_wrong_encoding": ("Wrong encoding", "编码错误"),
     "places": ("Where: {account} ({n})", "位置：{account}（{n}）"),
     "places_more": ("{shown} of {n} places are shown; all are in {file}", "显示 {n} 处中的 {shown} 处；全部见 {file}"),
     "ledger_missing": (
@@ -261,6 +266,9 @@ SENTENCES_ZH: tuple[tuple[str, str], ...] = (
     (r"the dial `minutes`", "来自 `minutes`"),
     (r"the recipe's seed", "配方的种子"),
     (r"no minutes given", "未给出分钟数"),
+    (r"nothing else is said", "没有另外说明"),
+    (r"the catalogue says so of (.+)", r"目录对 \1 的规定"),
+    (r"(.+) is given in its place", r"已给出 \1 代替它"),
     (r"size (\w+)", r"规格 \1"),
     (r"what learns most in ([\d.e+-]+) minutes on two cores", r"在双核上 \1 分钟内学得最多的规格"),
     (
@@ -268,7 +276,10 @@ SENTENCES_ZH: tuple[tuple[str, str], ...] = (
         r"约 \2 百万参数，每个参数 \1 个词元（\3）",
     ),
     (r"stopped by the user; `(.+)` goes on", r"由用户停止；`\1` 可继续"),
+    (r"not read, kind unknown: (.+) and ([\d,]+) more of its kind", r"未读取，类型未知：\1 及另外 \2 个同类文件"),
     (r"not read, kind unknown: (.+)", r"未读取，类型未知：\1"),
+    (r"not read, written by Ratoon: (.+)", r"未读取，由 Ratoon 写成：\1"),
+    (r"nothing stands in the file: (.+)", r"文件是空的：\1"),
     (r"text is taken from the field '(.+)' of (.+)", r"文本取自 \2 的字段 '\1'"),
     (r"runs of (\d+) tokens", r"每 \1 个词元的片段"),
     (r"one document only: its last part, from (.+) on, is held out", r"只有一篇文档：自 \1 起的最后部分被留出"),

@@ -114,13 +114,8 @@ class Records:
 
     @classmethod
     def read(cls, run: Run) -> Records:
-        """Read a run's folder. Raises `ArtifactError` when there is none, or its manifest is not a table."""
-        try:
-            state = run.read_state()
-        except ValueError as error:
-            raise ArtifactError(
-                "the run's manifest is not JSON", where=run.state_path, expected="a table", fix=str(error)
-            ) from error
+        """Read a run's folder. Raises `ArtifactError` when there is none, or its manifest cannot be read."""
+        state = run.read_state()
         if not run.state_path.is_file() or not isinstance(state, dict):
             raise ArtifactError(
                 "there is no run in this folder",
@@ -277,6 +272,11 @@ class Records:
         """Steps of training done."""
         known = integer(self.state.get("steps")) if self.status == "done" else None
         return known if known is not None else self.last_step
+
+    @property
+    def untaught(self) -> bool:
+        """Whether the run reached its end without a step."""
+        return self.status == "done" and self.steps == 0
 
     @property
     def passes(self) -> float | None:
