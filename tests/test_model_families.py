@@ -20,40 +20,26 @@ from ratoon.model.families import FAMILIES, _meaning, check_expressible, config_
 from ratoon.model.folder import read_config, read_model, write_model
 from ratoon.model.init import init_weights
 from ratoon.model.transformer import Transformer
-
-VOCAB, LONG, WINDOW = 61, 40, 7
-Table = dict[str, Any]
-
-SMALL: Table = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": [2, 3],
-    "pad_token_id": 0,
-}
-GPT2: Table = {
-    "vocab_size": VOCAB,
-    "n_embd": 32,
-    "n_layer": 3,
-    "n_head": 4,
-    "n_positions": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
-NEOX: Table = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
-EXPERTS: Table = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 8}
-GEMMA: Table = {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": WINDOW}
-MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
-
-
-def rope(kind: str, **more: Any) -> Table:
-    return {"rope_type": kind, "rope_theta": 500.0, **more}
-
+from theirs import (
+    EXPERTS,
+    GEMMA,
+    GPT2,
+    LONG,
+    MIXED,
+    NEOX,
+    SMALL,
+    VOCAB,
+    WINDOW,
+    Table,
+    difference,
+    equal,
+    load_theirs,
+    logits_of_ours,
+    logits_of_theirs,
+    randomize,
+    rope,
+    weights,
+)
 
 LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=8.0, beta_slow=1.0)
@@ -145,39 +131,8 @@ def ids_BT() -> Tensor:
     return torch.randint(0, VOCAB, (2, LONG), generator=torch.Generator().manual_seed(5))
 
 
-def randomize(model: torch.nn.Module) -> None:
-    """Every parameter random: gains and biases too."""
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.6 + 0.4 * values if parameter.ndim == 1 else 0.25 * values)
-
-
-def load_theirs(folder: Path) -> Any:
-    """Transformers' model of a folder, after checking that it found exactly the weights it wanted."""
-    import transformers
-
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
-    )
-    assert not any(info.values()), info
-    return model.eval()
-
-
-@torch.no_grad()
-def logits_of_theirs(model: Any, ids_BT: Tensor) -> Tensor:
-    found: Tensor = model(ids_BT, use_cache=False).logits
-    return found
-
-
-@torch.no_grad()
-def logits_of_ours(model: Transformer, ids_BT: Tensor) -> Tensor:
-    return model.logits(model(ids_BT))
-
-
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
     """A case's folder, saved by Transformers, and the model that was saved; made once."""
     import transformers
 
@@ -198,24 +153,10 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
     return get
 
 
-def difference(one: Tensor, other: Tensor) -> float:
-    assert one.shape == other.shape
-    assert float(one.std()) > 0.1, "logits that say nothing prove nothing"
-    return float((one - other).abs().max())
-
-
-def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in model.named_parameters()}
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_family(name: str, theirs: Any, ids_BT: Tensor, tmp_path: Path) -> None:
+def test_family(name: str, saved: Any, ids_BT: Tensor, tmp_path: Path) -> None:
     """Read what Transformers wrote, write what it reads, lose nothing on the way."""
-    folder, model = theirs(name)
+    folder, model = saved(name)
     wanted = logits_of_theirs(model, ids_BT)
     ours = read_model(folder)
     assert difference(logits_of_ours(ours, ids_BT), wanted) < 1e-4
@@ -229,8 +170,8 @@ def test_family(name: str, theirs: Any, ids_BT: Tensor, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3-moe-some", "gemma3-untied", "gpt2-untied", "neox", "nanochat"])
-def test_sharded_both_ways(name: str, theirs: Any, ids_BT: Tensor, tmp_path: Path) -> None:
-    _, model = theirs(name)
+def test_sharded_both_ways(name: str, saved: Any, ids_BT: Tensor, tmp_path: Path) -> None:
+    _, model = saved(name)
     wanted = logits_of_theirs(model, ids_BT)
     model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
@@ -244,9 +185,9 @@ def test_sharded_both_ways(name: str, theirs: Any, ids_BT: Tensor, tmp_path: Pat
     assert equal(weights(read_model(tmp_path / "ours")), weights(ours))
 
 
-def test_rounded_on_the_way(theirs: Any, tmp_path: Path) -> None:
+def test_rounded_on_the_way(saved: Any, tmp_path: Path) -> None:
     """Writing as bfloat16 rounds each weight once, and the config says so."""
-    folder, _ = theirs("llama-tied")
+    folder, _ = saved("llama-tied")
     ours = read_model(folder)
     write_model(ours, tmp_path / "low", dtype=torch.bfloat16)
     assert json.loads((tmp_path / "low" / "config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -256,11 +197,11 @@ def test_rounded_on_the_way(theirs: Any, tmp_path: Path) -> None:
 
 def test_models_born_here(ids_BT: Tensor, tmp_path: Path) -> None:
     """Settings of our own, the recipe's default among them, as Transformers reads them."""
-    from ratoon.recipe import SIZES, _shape
+    from ratoon.recipe import load, settle
 
     small: Table = {"layers": 2, "width": 32, "heads": 4, "mlp_width": 52, "vocab_size": VOCAB, "context_tokens": 64}
     born: list[Table] = [
-        _shape(SIZES["tiny"], 64) | small,
+        settle(load({"data": {"sources": ["x"]}, "model": {"size": "tiny"}, "minutes": 1})).shape | small,
         small | {"family": "llama", "kv_heads": 1, "rope_scaling": RopeScaling(kind="yarn", factor=2.0)},
         small | {"family": "qwen3", "qk_norm": "before_rope", "windows": (None, WINDOW)},
         small
@@ -338,9 +279,9 @@ def changed(folder: Path, out: Path, changes: Table, *, drop: tuple[str, ...] = 
 
 
 @pytest.mark.parametrize(("name", "key", "value"), CHANGES)
-def test_settings_matter(name: str, key: str, value: Any, theirs: Any, ids_BT: Tensor, tmp_path: Path) -> None:
+def test_settings_matter(name: str, key: str, value: Any, saved: Any, ids_BT: Tensor, tmp_path: Path) -> None:
     """One setting changed: other logits, and the same as Transformers'."""
-    folder, model = theirs(name)
+    folder, model = saved(name)
     other = changed(folder, tmp_path / "other", {key: value})
     ours = logits_of_ours(read_model(other), ids_BT)
     assert difference(ours, logits_of_theirs(model, ids_BT)) > 2e-4
@@ -361,9 +302,9 @@ OLD_ROPE: list[tuple[str, Table]] = [
 
 
 @pytest.mark.parametrize(("name", "table"), OLD_ROPE)
-def test_spelling_of_transformers_4(name: str, table: Table, theirs: Any, tmp_path: Path) -> None:
+def test_spelling_of_transformers_4(name: str, table: Table, saved: Any, tmp_path: Path) -> None:
     """Rotary positions as Transformers 4 wrote them mean the same."""
-    folder, _ = theirs(name)
+    folder, _ = saved(name)
     old = changed(folder, tmp_path / "old", table, drop=("rope_parameters",))
     assert read_config(old) == read_config(folder)
 
@@ -371,11 +312,11 @@ def test_spelling_of_transformers_4(name: str, table: Table, theirs: Any, tmp_pa
 @pytest.mark.parametrize(
     "name", ["llama-untied", "mistral", "qwen2", "qwen3", "qwen3-moe", "gemma3", "nanochat", "gpt2", "neox"]
 )
-def test_absent_keys(name: str, theirs: Any, tmp_path: Path) -> None:
+def test_absent_keys(name: str, saved: Any, tmp_path: Path) -> None:
     """A key that is not there is refused, or means what Transformers takes it to be."""
     import transformers
 
-    folder, _ = theirs(name)
+    folder, _ = saved(name)
     table = json.loads((folder / "config.json").read_text())
     kind = getattr(transformers, CASES[name].kind)
     silent = {"model_type", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -440,16 +381,16 @@ REFUSED: list[tuple[str, Table, str]] = [
 
 
 @pytest.mark.parametrize(("name", "changes", "words"), REFUSED)
-def test_settings_refused(name: str, changes: Table, words: str, theirs: Any, tmp_path: Path) -> None:
-    folder, _ = theirs(name)
+def test_settings_refused(name: str, changes: Table, words: str, saved: Any, tmp_path: Path) -> None:
+    folder, _ = saved(name)
     with pytest.raises(ArtifactError) as caught:
         read_model(changed(folder, tmp_path / "other", changes))
     assert words in caught.value.found
     assert "config.json" in (caught.value.where or "")
 
 
-def test_not_json(theirs: Any, tmp_path: Path) -> None:
-    folder, _ = theirs("llama-untied")
+def test_not_json(saved: Any, tmp_path: Path) -> None:
+    folder, _ = saved("llama-untied")
     shutil.copytree(folder, tmp_path / "other")
     for text, words in (("{", "not readable as JSON"), ("[1]", "a list")):
         (tmp_path / "other" / "config.json").write_text(text)
@@ -489,9 +430,9 @@ BROKEN: list[tuple[str, Callable[[dict[str, Tensor]], None], str]] = [
 
 
 @pytest.mark.parametrize(("name", "change", "words"), BROKEN)
-def test_weights_refused(name: str, change: Any, words: str, theirs: Any, tmp_path: Path) -> None:
+def test_weights_refused(name: str, change: Any, words: str, saved: Any, tmp_path: Path) -> None:
     """A missing, surplus or mis-shaped tensor, named."""
-    folder, _ = theirs(name)
+    folder, _ = saved(name)
     shutil.copytree(folder, tmp_path / "other")
     state = load_file(folder / "model.safetensors")
     change(state)
@@ -501,9 +442,9 @@ def test_weights_refused(name: str, change: Any, words: str, theirs: Any, tmp_pa
     assert words in caught.value.found
 
 
-def test_files_refused(theirs: Any, tmp_path: Path) -> None:
+def test_files_refused(saved: Any, tmp_path: Path) -> None:
     """A cut file, an index that names nothing, a pickle, no weights at all."""
-    folder, model = theirs("llama-untied")
+    folder, model = saved("llama-untied")
     cut = shutil.copytree(folder, tmp_path / "cut")
     whole = (folder / "model.safetensors").read_bytes()
     for size in (0, 4, 300, len(whole) // 2, len(whole) - 1):
@@ -536,9 +477,9 @@ def test_files_refused(theirs: Any, tmp_path: Path) -> None:
         read_model(tmp_path / "again")
 
 
-def test_head_beside_a_tied_embedding(theirs: Any, tmp_path: Path) -> None:
+def test_head_beside_a_tied_embedding(saved: Any, tmp_path: Path) -> None:
     """A head that only repeats the embedding is no surplus; old buffers are none either."""
-    folder, _ = theirs("llama-tied")
+    folder, _ = saved("llama-tied")
     shutil.copytree(folder, tmp_path / "other")
     state = load_file(folder / "model.safetensors")
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
@@ -547,9 +488,9 @@ def test_head_beside_a_tied_embedding(theirs: Any, tmp_path: Path) -> None:
     assert equal(weights(read_model(tmp_path / "other")), weights(read_model(folder)))
 
 
-def test_stacked_experts(theirs: Any, ids_BT: Tensor, tmp_path: Path) -> None:
+def test_stacked_experts(saved: Any, ids_BT: Tensor, tmp_path: Path) -> None:
     """Experts as Transformers 5 keeps them in memory, stacked, are read too."""
-    folder, model = theirs("qwen3-moe")
+    folder, model = saved("qwen3-moe")
     shutil.copytree(folder, tmp_path / "other")
     state = {name: value.clone() for name, value in model.state_dict().items()}
     assert any(name.endswith("experts.gate_up_proj") for name in state)
