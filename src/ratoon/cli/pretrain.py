@@ -338,7 +338,8 @@ class _Job:
             recipe=self.plan.as_dict(),
             replace=True,
         )
-        commands = next_commands(self.run, self.plan.recipe.language, bool(prepared.tokenizer.chat_template))
+        taught = bool(self.plan.recipe.model.init and prepared.tokenizer.chat_template)
+        commands = next_commands(self.run, self.plan.recipe.language, taught)
         self.state(
             status="done",
             step=step,
@@ -365,8 +366,8 @@ class _Job:
         write_page(self.run, language=self.plan.recipe.language)
 
 
-def next_commands(run: Run, language: str, chats: bool) -> list[str]:
-    """What a person would type next."""
+def next_commands(run: Run, language: str, taught: bool) -> list[str]:
+    """What a person would type next. A model that was never `taught` to converse goes on from text instead."""
     prompt = "从前" if language == "zh" else "The function"
     commands = [
         f'ratoon generate {run.name} "{prompt}" --temperature 0.8',
@@ -375,7 +376,7 @@ def next_commands(run: Run, language: str, chats: bool) -> list[str]:
         f"ratoon export {run.name} {run.name}-hf",
         f"ratoon pretrain {run.recipe_path} name={run.name}-longer train.budget_minutes=30",
     ]
-    return [f"ratoon chat {run.name}", *commands] if chats else commands
+    return [f"ratoon chat {run.name}" + ("" if taught else " --plain"), *commands]
 
 
 def _initial(name: str, prepared: Prepared) -> tuple[Transformer, Any]:

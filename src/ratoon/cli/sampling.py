@@ -67,15 +67,20 @@ def sampling_options(*, beams: bool) -> Callable[[F], F]:
 
 def sampling_of(given: dict[str, Any], defaults: dict[str, Any] | None = None) -> Sampling:
     """The switches as `Sampling`; `defaults` for those not given. Raises `ConfigError` for what is impossible."""
+    from ratoon.base.errors import ConfigError
     from ratoon.base.settings import build
     from ratoon.generate.sample import Sampling
 
-    table = {**(defaults or {}), **{key: value for key, value in given.items() if value not in (None, False, ())}}
+    chosen = {key: value for key, value in given.items() if value is not None and value is not False and value != ()}
+    table = {**(defaults or {}), **chosen}
     if "beams" in table:
         table["num_beams"] = table.pop("beams")
     if "stop" in table:
         table["stop"] = tuple(_unescaped(text) for text in table["stop"])
-    return build(Sampling, table, where="command line")
+    try:
+        return build(Sampling, table, where="command line")
+    except ConfigError as error:
+        raise ConfigError(error.found, where=error.where, fix="--help lists the switches with what they mean") from None
 
 
 def load_model(name: str, dtype: str, device: str | None) -> LanguageModel:
