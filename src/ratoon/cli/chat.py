@@ -298,7 +298,6 @@ class Conversation:
 def _can_chat(lm: LanguageModel) -> None:
     """Raises `ArtifactError` for a model without a chat template, or one that was never taught to answer with it."""
     from ratoon.base.errors import ArtifactError
-    from ratoon.store.artifact import MANIFEST, read_manifest
 
     fix = f"`ratoon chat {lm.name} --plain` goes on from your text instead; or use a model that was made for chat"
     if lm.tokenizer is None or lm.tokenizer.chat_template is None:
@@ -308,14 +307,10 @@ def _can_chat(lm: LanguageModel) -> None:
             expected="a chat template in tokenizer_config.json or chat_template.jinja",
             fix=fix,
         )
-    folder = Path(str(lm.facts.get("path", "")))
-    if not (folder / MANIFEST).is_file():
-        return
-    recipe = read_manifest(folder).recipe or {}
-    if "data" in recipe and (recipe.get("model") or {}).get("init") is None:
+    if not lm.can_chat:
         raise ArtifactError(
             f"'{lm.name}' was pretrained on text only: it has a chat template, but was never taught to answer with it",
-            where=folder,
+            where=lm.facts.get("path"),
             expected="a model fine-tuned on conversations",
             fix=fix,
         )

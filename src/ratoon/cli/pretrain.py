@@ -17,6 +17,7 @@ from ratoon.base.errors import ArtifactError, ConfigError, RatoonError
 
 if TYPE_CHECKING:
     from ratoon.data.prepare import Prepared
+    from ratoon.generate.lm import LanguageModel
     from ratoon.model.transformer import Transformer
     from ratoon.recipe import Plan, Recipe
     from ratoon.store.runs import Run
@@ -103,6 +104,8 @@ class _Job:
     plan: Plan
     world: World
     resume: bool
+    taught: bool = False
+    """Whether the model that is trained on can answer in a conversation."""
 
     def talk(self, sentence: str) -> None:
         """A sentence for people, and for the run's log."""
@@ -184,8 +187,9 @@ class _Job:
         ]
         init = self.plan.recipe.model.init
         if init is not None:
-            model, parent = _initial(init, prepared)
-            return model, [*parents, parent]
+            lm, parent = _initial(init, prepared)
+            self.taught = lm.can_chat
+            return lm.model, [*parents, parent]
         tokenizer = prepared.tokenizer
         model = Transformer(
             self.plan.model_config(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
@@ -334,12 +338,11 @@ class _Job:
             self.run.model,
             extra_files=prepared.tokenizer.files(),
             parents=parents,
-            facts={"step": step, "tokens": result.tokens, "evaluation": final},
+            facts={"step": step, "tokens": result.tokens, "evaluation": final, "chat": self.taught},
             recipe=self.plan.as_dict(),
             replace=True,
         )
-        taught = bool(self.plan.recipe.model.init and prepared.tokenizer.chat_template)
-        commands = next_commands(self.run, self.plan.recipe.language, taught)
+        commands = next_commands(self.run, self.plan.recipe.language, self.taught)
         self.state(
             status="done",
             step=step,
@@ -379,7 +382,7 @@ def next_commands(run: Run, language: str, taught: bool) -> list[str]:
     return [f"ratoon chat {run.name}" + ("" if taught else " --plain"), *commands]
 
 
-def _initial(name: str, prepared: Prepared) -> tuple[Transformer, Any]:
+def _initial(name: str, prepared: Prepared) -> tuple[LanguageModel, Any]:
     """The model to go on with. Raises `ArtifactError` when the shards were made with another tokenizer."""
     from ratoon.cli.export import model_parent
     from ratoon.generate.lm import load, locate
@@ -395,7 +398,7 @@ def _initial(name: str, prepared: Prepared) -> tuple[Transformer, Any]:
             fix="leave data.tokenizer out, or prepare the data with the model's tokenizer",
         )
     lm.model.requires_grad_(True)
-    return lm.model, model_parent(name, locate(name))
+    return lm, model_parent(name, locate(name))
 
 
 def _prompts(prepared: Prepared) -> list[str]:

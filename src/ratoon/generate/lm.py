@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _LEFT_BORDER_TOKENS = 4
 """Tokens of the prompt that the text's decoder has seen: some tokenizers spell a word differently at the start."""
+KEPT_FACTS = frozenset({"chat"})
+"""What a manifest says of a model that a model loaded from it still says: `chat`, whether it was taught to converse."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -120,6 +122,11 @@ class LanguageModel:
             ids[own] = None
         return tuple(ids)
 
+    @property
+    def can_chat(self) -> bool:
+        """Whether the model has a chat template and was, as far as its manifest tells, taught to answer with it."""
+        return self.tokenizer is not None and self.tokenizer.chat_template is not None and self.facts.get("chat", True)
+
     @cached_property
     def turn_end_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer in a conversation: those of `eos_ids`, and the one that ends an assistant's turn in
@@ -138,7 +145,10 @@ class LanguageModel:
         """Write a Hugging Face folder with its manifest, the tokenizer too where there is one."""
         from ratoon.model.folder import write_model
 
-        write_model(self.model, folder, extra_files=self.tokenizer.files() if self.tokenizer is not None else None)
+        files = self.tokenizer.files() if self.tokenizer is not None else None
+        write_model(
+            self.model, folder, extra_files=files, facts={k: self.facts[k] for k in KEPT_FACTS & self.facts.keys()}
+        )
         return Path(folder)
 
     def _answers(
@@ -269,11 +279,13 @@ def _catalogue_model(name: str) -> tuple[Path | None, str]:
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> LanguageModel:
     from ratoon.model.folder import read_model
+    from ratoon.store.artifact import MANIFEST, read_manifest
     from ratoon.text.tokenizer import Tokenizer
 
     model = read_model(folder, dtype=dtype)
     tokenizer = Tokenizer.load(folder) if any((folder / file).is_file() for file in TOKENIZER_FILES) else None
-    return LanguageModel(model, tokenizer)
+    told = read_manifest(folder).facts if (folder / MANIFEST).is_file() else {}
+    return LanguageModel(model, tokenizer, facts={key: told[key] for key in KEPT_FACTS & told.keys()})
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> LanguageModel:
