@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ratoon.base.errors import ConfigError
+from ratoon.base.errors import ConfigError, DataError
 from ratoon.base.seeds import stream
 from ratoon.data.batch import Batch
 from ratoon.data.pack import Grid, stream_grid, stream_rows, strided_grid
@@ -99,7 +99,15 @@ def held_out_grid(
     shards: Shards, *, context_tokens: int, limit_tokens: int | None = None, stride_tokens: int | None = None
 ) -> tuple[Grid, int]:
     """The rows that go once over the shards, and how many tokens a row has (fewer than `context_tokens` in a short
-    text). With `limit_tokens`, rows spread evenly over the text that learn at most so many (one row at least)."""
+    text). With `limit_tokens`, rows spread evenly over the text that learn at most so many (one row at least). Raises
+    `DataError` when the shards hold no token to predict."""
+    if shards.n_tokens < 2:
+        raise DataError(
+            f"the shards hold {shards.n_tokens} tokens: there is nothing to measure on",
+            where=shards.folder,
+            expected="at least 2 tokens",
+            fix="prepare the data with a greater held_out_fraction, or more text",
+        )
     row_tokens = min(context_tokens, shards.n_tokens - 1)
     grid = strided_grid(shards.n_tokens, row_tokens, min(stride_tokens or row_tokens, row_tokens))
     learned = grid.learned_to - grid.learned_from

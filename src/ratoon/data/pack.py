@@ -115,13 +115,25 @@ class Example:
     weight: Sequence[float]
     name: str = ""
 
+    def __post_init__(self) -> None:
+        assert len(self.weight) >= len(self.ids) - 1, "a weight for each prediction"
+
 
 def pack_whole(examples: Sequence[Example], row_tokens: int) -> list[list[int]]:
     """Which examples share a row: best fit, longest first; returns lists of example numbers.
 
     An example of n ids takes n - 1 places, since its last id is only a target. Raises `DataError` for one that is
-    longer than a row: what to do with it (cut, split, leave out) is the task's decision, made before.
+    longer than a row (whether to cut, split or leave it out is the task's decision, made before), for an empty one
+    and for a weight that is not finite.
     """
+    for number, example in enumerate(examples):
+        if not len(example.ids) or not np.isfinite(np.asarray(example.weight, np.float64)).all():
+            raise DataError(
+                "an example has a weight that is no number" if len(example.ids) else "an example has no tokens",
+                where=example.name or f"example {number}",
+                expected="at least one token, and finite weights",
+                fix="leave the example out, or mend what made it",
+            )
     order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].ids), i))
     rows: list[list[int]] = []
     by_room: dict[int, list[int]] = {}
