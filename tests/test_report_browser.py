@@ -251,5 +251,6 @@ def test_on_paper_nothing_is_folded_away(browser: Browser, tmp_path: Path) -> No
     browser.open(write_page(make_run(tmp_path)))
     assert browser.run("document.querySelector('.places').checkVisibility()") is False
     browser.call("Emulation.setEmulatedMedia", media="print", features=[])
-    assert browser.run("document.querySelector('.places').checkVisibility({contentVisibilityAuto: true})") is True
+    browser.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert browser.run("document.querySelector('.places').checkVisibility()") is True
     assert browser.run("[...document.querySelectorAll('.copy, nav')].every(e => !e.getClientRects().length)")
