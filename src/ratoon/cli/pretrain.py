@@ -217,7 +217,11 @@ class _Job:
         data = self.plan.recipe.data
         self.state(
             derived=[{"key": one.key, "value": one.value, "reason": one.reason} for one in self.plan.derived],
-            model={"parameters": parameters, **cfg.model_dump(mode="json", exclude_defaults=True)},
+            model={
+                "parameters": parameters,
+                "family": cfg.family,
+                **cfg.model_dump(mode="json", exclude_defaults=True),
+            },
             data={
                 "sources": list(data.sources) or [data.corpus or data.prepared],
                 "prepared": str(prepared.folder),

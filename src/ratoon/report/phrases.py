@@ -109,10 +109,11 @@ PHRASES: dict[str, tuple[str, str]] = {
     "bits_per_byte": ("Bits per byte", "每字节比特数"),
     "interval": ("95 % interval {low} – {high}", "95 % 区间 {low} – {high}"),
     "measured_on": (
-        "Measured on {n} held-out tokens of {documents} documents ({bytes} bytes).",
-        "在 {documents} 篇文档的 {n} 个留出词元（{bytes} 字节）上测得。",
+        "Measured on {n} of {all} held-out tokens, from {documents} documents, {bytes} bytes.",
+        "在 {all} 个留出词元中的 {n} 个上测得，来自 {documents} 篇文档，{bytes} 字节。",
     ),
     "measured_on_tokens": ("Measured on {n} held-out tokens.", "在 {n} 个留出词元上测得。"),
+    "signature": ("Measured as: {text}", "测量方式：{text}"),
     "interval_of_documents": (
         "The intervals say how far another draw of documents from the same source would differ.",
         "区间表示从同一来源另取一批文档时结果会有多大差异。",

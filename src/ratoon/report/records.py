@@ -48,6 +48,7 @@ class Measurement:
     bits_interval: Pair | None = None
     interval_of: str | None = None
     n_tokens: int | None = None
+    n_in_all: int | None = None
     n_documents: int | None = None
     n_bytes: int | None = None
     n_text_tokens: int | None = None
@@ -71,6 +72,7 @@ class Measurement:
             bits_interval=_pair(table.get("bits_per_byte_interval")),
             interval_of=_string(table.get("interval_of")),
             n_tokens=integer(table.get("n_tokens")),
+            n_in_all=integer(table.get("n_tokens_in_all")),
             n_documents=integer(table.get("n_documents")),
             n_bytes=integer(table.get("n_bytes")),
             n_text_tokens=integer(table.get("n_text_tokens")),
@@ -222,8 +224,9 @@ class Records:
 
     @property
     def vocab_size(self) -> int | None:
-        """Tokens of the vocabulary."""
-        return integer(self._table("data").get("vocab_size"))
+        """Tokens that the model chooses from; before there is a model, those of the tokenizer."""
+        own = integer(self._table("model").get("vocab_size"))
+        return own or integer(self._table("data").get("vocab_size"))
 
     @property
     def uniform(self) -> Measurement | None:
