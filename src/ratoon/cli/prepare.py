@@ -123,9 +123,17 @@ def prepare_as_told(
         replace=replace,
     )
     talk(f"data: read in {time.perf_counter() - began:.1f} s, {prepared.tokenizer.vocab_size:,} tokens of vocabulary")
+    if tokenizer is None:
+        say_if_fewer(prepared.tokenizer.vocab_size, data.vocab_size, talk)
     for line in ledger_lines(prepared.ledger):
         talk(line)
     return prepared
+
+
+def say_if_fewer(found: int, asked: int, talk: Callable[[str], None]) -> None:
+    """Say when a trained vocabulary is smaller than what was asked for."""
+    if found < asked:
+        talk(f"the vocabulary has {found:,} tokens, not {asked:,}: the text holds no more pairs that come twice")
 
 
 def paths_of(data: DataSettings, talk: Callable[[str], None]) -> list[Path]:

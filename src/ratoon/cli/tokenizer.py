@@ -72,7 +72,7 @@ def train(sources: tuple[str, ...], vocab_size: int, out: Path, replace: bool, a
     """
     from ratoon.base.settings import build
     from ratoon.cli.output import answer, answer_json, expect_new, talk
-    from ratoon.cli.prepare import named, paths_of, reading_of
+    from ratoon.cli.prepare import named, paths_of, reading_of, say_if_fewer
     from ratoon.data.ledger import Ledger
     from ratoon.data.sources import find_files, read
     from ratoon.recipe import DataSettings, with_documents
@@ -99,8 +99,7 @@ def train(sources: tuple[str, ...], vocab_size: int, out: Path, replace: bool, a
         tokenizer.save(folder)
         seal(folder, "tokenizer", facts={"hash": tokenizer.hash, **counted}, packages=("tokenizers",))
     talk(f"{tokenizer.vocab_size:,} tokens from {counted['documents']:,} documents, {counted['bytes']:,} bytes")
-    if tokenizer.vocab_size < vocab_size:
-        talk(f"fewer than the {vocab_size:,} asked for: the text holds no more pairs that come twice")
+    say_if_fewer(tokenizer.vocab_size, vocab_size, talk)
     for reason, account in ledger.accounts.items():
         talk(f"{reason}: {account.documents:,} documents left out (first: {account.places[0]})")
     for note in ledger.notes:

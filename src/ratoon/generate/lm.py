@@ -243,12 +243,24 @@ def locate(name: str | os.PathLike[str]) -> Path:
         if found is not None:
             return found
         tried.append(said)
+    near = _nearest(text)
     raise ArtifactError(
-        f"there is no model '{text}': " + "; ".join(tried),
+        f"there is no model '{text}': " + "; ".join(tried) + (f"; did you mean '{near}'?" if near else ""),
         where=text,
         expected="a run's name, a model folder, a GGUF file, or a name of the catalogue",
-        fix="`ratoon runs` lists the runs, `ratoon pull` what can be fetched",
+        fix="`ratoon runs` lists the runs, `ratoon pull --list` what can be fetched",
     )
+
+
+def _nearest(name: str) -> str | None:
+    """The run or catalogue model whose name is nearest, unless it is that name."""
+    import difflib
+
+    from ratoon.base.catalog import ENTRIES
+    from ratoon.store.runs import Run
+
+    names = [run.name for run in Run.all()] + [entry.name for entry in ENTRIES.values() if entry.kind == "model"]
+    return next(iter(difflib.get_close_matches(name, [one for one in names if one != name], n=1, cutoff=0.5)), None)
 
 
 def _run_model(name: str) -> tuple[Path | None, str]:

@@ -5,6 +5,7 @@ What the numbers mean is decided by who writes them.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -76,9 +77,13 @@ class Run:
         for folder in (Path(root) / name, Path(name)):
             if (folder / "manifest.json").is_file():
                 return cls(folder)
-        known = ", ".join(run.name for run in cls.all(root)) or "none yet"
+        names = [run.name for run in cls.all(root)]
+        near = difflib.get_close_matches(name, names, n=1)
         raise ArtifactError(
-            f"there is no run '{name}'", where=Path(root), expected=f"one of: {known}", fix="`ratoon runs` lists them"
+            f"there is no run '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""),
+            where=Path(root),
+            expected=f"one of: {', '.join(names) or 'none yet'}",
+            fix="`ratoon runs` lists them",
         )
 
     @classmethod
