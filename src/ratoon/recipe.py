@@ -20,6 +20,7 @@ from ratoon.base.catalog import ENTRIES, entry
 from ratoon.base.errors import ConfigError
 from ratoon.base.settings import Settings, build, merge, read_yaml
 from ratoon.model.config import ModelConfig
+from ratoon.model.count import parameters
 from ratoon.train.settings import TrainSettings
 
 
@@ -246,13 +247,13 @@ def settle(recipe: Recipe) -> Plan:
         build(TrainSettings, merge(train, {"steps": sys.maxsize}), where=where, within="train")
     shape = {} if name is None else _settled_shape(recipe, name, train["context_tokens"], derived)
     if open_ended and name is not None:
-        parameters = _about_parameters(shape, recipe.data.vocab_size)
-        tokens = TOKENS_A_PARAMETER * parameters
+        about = parameters(build(ModelConfig, {"vocab_size": recipe.data.vocab_size, **shape}, where=where))
+        tokens = TOKENS_A_PARAMETER * about
         settle_one(
             train,
             "train.steps",
             max(1, round(tokens / (train["rows"] * train["context_tokens"]))),
-            f"{TOKENS_A_PARAMETER} tokens for each of about {parameters / 1e6:.1f} million parameters "
+            f"{TOKENS_A_PARAMETER} tokens for each of about {about / 1e6:.1f} million parameters "
             "(Hoffmann et al., arXiv:2203.15556)",
         )
     return Plan(recipe, build(TrainSettings, train, where=where, within="train"), shape, tuple(derived))
@@ -296,12 +297,6 @@ def _settled_shape(recipe: Recipe, name: str, context_tokens: Any, derived: list
         if key not in given:
             derived.append(Derived(f"model.settings.{key}", shape[key], f"size {name}"))
     return shape
-
-
-def _about_parameters(shape: Mapping[str, Any], vocab_size: int) -> int:
-    """Parameters of a model of that shape: four attention matrices and an MLP a layer, embedding and head."""
-    width = int(shape["width"])
-    return int(shape["layers"]) * (4 * width * width + 2 * width * int(shape["mlp_width"])) + 2 * width * vocab_size
 
 
 def default_shape(size: Size, context_tokens: int) -> dict[str, Any]:

@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ratoon.base.errors import ConfigError, RatoonError
+from ratoon.model.attention import PLAIN_LIMIT_TOKENS
 from ratoon.model.config import ModelConfig
+from ratoon.model.count import kept_activations
 from ratoon.train.settings import TrainSettings
 
 MEMORY_SHARE = 0.6
@@ -155,22 +157,10 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def activation_bytes(cfg: ModelConfig, tokens: int, context_tokens: int, place: Place, recompute: bool) -> int:
-    """About how much a forward pass over `tokens` keeps for the backward pass; on the high side.
-
-    Per token and layer: the stream twice, the norms' outputs, q, k, v and what attention mixed, the MLP's insides,
-    and half a square of attention's probabilities where they are kept.
-    """
+    """About how much a forward pass over `tokens` keeps for the backward pass on `place`; on the high side."""
     low = 2 if (place.autocast or place.work) in (torch.bfloat16, torch.float16) else 4
-    heads_width = (cfg.heads + 2 * cfg.kv) * cfg.channels
-    mlp = (3 if cfg.gated else 2) * cfg.mlp_width
-    if cfg.moe is not None:
-        mlp = 3 * cfg.moe.expert_width * cfg.moe.experts_per_token
-    inside = 6 * cfg.width + 3 * heads_width + 2 * mlp
-    flash = place.device.type != "cpu" or context_tokens > 1024
-    square = 0 if flash else cfg.heads * context_tokens * 3
-    layers = 1 if recompute else cfg.layers
-    kept = tokens * (layers * (inside + square) * low + cfg.layers * cfg.width * low)
-    return int(kept + tokens * cfg.width * 8)
+    keeps_scores = place.device.type == "cpu" and context_tokens <= PLAIN_LIMIT_TOKENS
+    return kept_activations(cfg, tokens, context_tokens, low, recompute, keeps_scores)
 
 
 def fit_rows(cfg: ModelConfig, settings: TrainSettings, place: Place, rows: int, trained: int) -> int:
