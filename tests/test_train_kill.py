@@ -112,6 +112,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_killed_twenty_times_is_never_killed(tmp_path: Path, case: str) -> None:
     settings = CASES[case]
