@@ -5,7 +5,6 @@ It goes the way of `ratoon pretrain`; nothing here is done otherwise.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -55,15 +54,13 @@ def recipe(lang: str, corpus: tuple[str, ...], minutes: float | None, size: str 
     """The recipe that the switches mean."""
     import yaml
 
-    from ratoon.base.catalog import ENTRIES
+    from ratoon.cli.prepare import named
     from ratoon.recipe import shipped
 
     table: dict[str, Any] = yaml.safe_load(shipped()[CORPORA[lang]].read_text(encoding="utf-8"))
     table |= {"name": name, "minutes": minutes if minutes is not None else MINUTES}
     if corpus:
-        one = corpus[0]
-        catalogued = len(corpus) == 1 and one in ENTRIES and not Path(one).exists()
-        table["data"] = {"corpus": one} if catalogued else {"sources": list(corpus)}
+        table["data"] = named(corpus)
         table.pop("samples", None)
     if size is not None:
         table["model"] = {"size": size}
