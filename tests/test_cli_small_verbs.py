@@ -455,6 +455,19 @@ def test_export_of_a_model_without_a_tokenizer_says_so(verb: Any, own_folder: Pa
     assert said.code == 0 and "no tokenizer" in said.err and not Path("out/tokenizer.json").exists()
 
 
+def test_export_of_a_run(verb: Any, source: Path) -> None:
+    run = Run.create("garden")
+    said = verb("export", "garden", "out")
+    assert said.code == 2 and "no run of that name" in said.err
+    run.write_state(status="running")
+    said = verb("export", "garden", "out")
+    assert said.code == 2 and "has not written its model yet" in said.err
+    source.rename(run.model)
+    assert verb("export", "garden", "out").code == 0
+    assert read_manifest("out").parent("model").name == "garden"
+    assert read_manifest("out").parent("model").hash == read_manifest(run.model).hash
+
+
 @pytest.mark.slow
 def test_export_of_the_real_gguf(
     own_folder: Path, smollm2_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -592,6 +605,17 @@ def test_tokenizer_train_leaves_an_artifact(verb: Any, own_folder: Path) -> None
     said = verb("tokenizer", "train", "book.txt", "--vocab-size", "9000", "--out", "tok", "--replace")
     assert said.code == 0 and said.out == "tok\n" and "not 9,000" in said.err
     assert verb("tokenizer", "train", "book.txt", "--vocab-size", "100", "--out", "no").code == 2
+
+
+def test_tokenizer_train_says_what_it_left_out(verb: Any, own_folder: Path) -> None:
+    Path("rows.jsonl").write_text('{"q": "hello hello"}\n\n{broken\n')
+    typed = ["tokenizer", "train", "rows.jsonl", "--vocab-size", "262", "--out", "tok", "--field", "q"]
+    said = verb(*typed)
+    assert said.code == 2 and "rows.jsonl:3" in said.err and not Path("tok").exists()
+    said = verb(*typed, "--on-bad-row", "skip")
+    assert said.code == 0 and "1 documents" in said.err
+    assert "broken row: 1 documents left out (first: rows.jsonl:3)" in said.err
+    assert "empty: 1 documents left out (first: rows.jsonl:2)" in said.err
 
 
 def test_tokenizer_inspect_counts_as_by_hand(verb: Any, own_folder: Path) -> None:
