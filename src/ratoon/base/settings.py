@@ -178,9 +178,7 @@ def _copy(value: Any) -> Any:
     return [_copy(inner) for inner in value] if isinstance(value, list) else value
 
 
-def build(
-    kind: type[S], table: dict[str, Any], *, where: str | os.PathLike[str] = "settings", within: str = ""
-) -> S:
+def build(kind: type[S], table: dict[str, Any], *, where: str | os.PathLike[str] = "settings", within: str = "") -> S:
     """`table` as settings of `kind`; `within` is the dotted key under which the table stands in its file.
 
     Raises `ConfigError` for the first thing that does not fit, with file, line, key, what was found, and
