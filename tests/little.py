@@ -36,6 +36,7 @@ def config(**changes: Any) -> ModelConfig:
         "mlp_width": 48,
         "context_tokens": 64,
         "init_std": 0.2,
+        "zero_init_outputs": False,  # blocks that add nothing would hide every defect inside them
     }
     return ModelConfig(**(table | changes))
 

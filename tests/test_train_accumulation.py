@@ -42,7 +42,7 @@ def gradients(
 def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     """Equal to a few last bits of float32, beside the largest gradient."""
     largest = max(float(value.abs().max()) for value in one.values())
-    assert little.largest_difference(one, other) <= 1e-6 * largest
+    assert little.largest_difference(one, other) <= 3e-6 * largest
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -95,7 +95,7 @@ def test_the_gradient_norm_is_of_the_mean_and_clipping_scales_it() -> None:
 
     def move(**more: Any) -> float:
         moved = little.go(**plain, **more).weights
-        return float(torch.stack([(moved[name] - start[name]).norm() for name in start]).norm())
+        return float(torch.stack([(moved[name] - start[name].detach()).norm() for name in start]).norm())
 
     assert move(clip_norm=None) == pytest.approx(norm, rel=1e-2)
     assert move(clip_norm=norm * 2) == pytest.approx(norm, rel=1e-2)

@@ -101,6 +101,8 @@ from ratoon.base.errors import RatoonError
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 folder = Path(sys.argv[2])
 
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends those that are left: let them speak first
+
 class Dying(little.Rows):
     def batch(self, step):
         if step == 3 and rank == 1:
