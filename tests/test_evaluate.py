@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import made_tokenizers
 from ratoon.base.errors import ArtifactError, ConfigError, DataError, NumericError
 from ratoon.base.seeds import stream
 from ratoon.data.ledger import Ledger
@@ -28,7 +29,7 @@ from ratoon.generate.sample import Sampling
 from ratoon.model.config import ModelConfig
 from ratoon.model.transformer import Transformer
 from ratoon.store.artifact import Parent
-from ratoon.text.lengths import token_bytes
+from ratoon.text.lengths import added_bytes, token_bytes
 from ratoon.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from test_generate import build, randomize
 
@@ -325,6 +326,28 @@ def test_lengths_of_tokens_are_those_of_what_they_decode_to(tokenizer: Tokenizer
         for text in TEXTS:
             assert int(lengths[one.encode(text)].sum()) == len(text.encode())
         assert all(lengths[id] == 0 for id in one.special_ids)
+
+
+@pytest.mark.parametrize(("name", "added"), [("gpt2", 0), ("llama", 1), ("llama3", 0), ("metaspace", None)])
+def test_lengths_in_other_peoples_tokenizers(tmp_path: Path, name: str, added: int | None) -> None:
+    """A space put before a text is nobody's byte; where one unknown token stands for anything, no length is known."""
+    one = Tokenizer.load(getattr(made_tokenizers, name)(tmp_path / name))
+    lengths = token_bytes(one)
+    if added is None:
+        assert lengths is None
+        return
+    assert lengths is not None and added_bytes(one, lengths) == added
+    for text in (*TEXTS, "  two", "x\n\ny"):
+        assert int(lengths[one.encode(text)].sum()) - added == len(text.encode())
+
+
+def test_a_cut_document_of_a_llama_tokenizer_counts_without_the_space(tmp_path: Path) -> None:
+    one = Tokenizer.load(made_tokenizers.llama(tmp_path / "t"))
+    model = build(vocab_size=one.vocab_size)
+    text = TEXTS[4] * 3
+    shards = write(tmp_path / "s", one, [text])
+    found = held_out(model, shards, context_tokens=8, rows=1, limit_tokens=8, tokenizer=one)
+    assert found.n_bytes == len(one.decode(shards.tokens(0, 9).tolist()).encode()) < len(text)
 
 
 # -- intervals -------------------------------------------------------------------------------------------------------

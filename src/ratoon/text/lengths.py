@@ -17,12 +17,13 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 def token_bytes(tokenizer: Tokenizer) -> npt.NDArray[np.int64] | None:
     """UTF-8 bytes of text that each id stands for (V,), 0 for special tokens.
 
-    Exact for byte-level tokenizers, where a token is a run of bytes, and for SentencePiece-like ones, but for what
-    these put before a text (`added_bytes`). None for other kinds, whose tokens have no length of their own.
+    Exact for byte-level tokenizers, where a token is a run of bytes, and for SentencePiece-like ones that fall back on
+    bytes, but for what these put before a text (`added_bytes`); both of the text as the tokenizer normalises it. None
+    for other kinds, whose tokens have no length of their own (one unknown token stands for any character).
     """
     table = json.loads(tokenizer.core.to_str(pretty=False))
     kinds = set(_kinds(table["decoder"]))
-    if "ByteLevel" not in kinds and not (kinds & {"Metaspace", "ByteFallback"}):
+    if not kinds & {"ByteLevel", "ByteFallback"}:
         return None
     lengths = np.zeros(tokenizer.vocab_size, np.int64)
     for piece, number in tokenizer.core.get_vocab(with_added_tokens=False).items():
