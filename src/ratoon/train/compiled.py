@@ -22,7 +22,7 @@ def compile_model(model: Transformer, settings: TrainSettings) -> str:
     """
     if settings.compile == "off":
         return "not compiled: train.compile is off"
-    if (reason := _missing_compiler()) is not None:
+    if (reason := missing_compiler()) is not None:
         return f"not compiled, which costs speed and nothing else: {reason}"
     what, why = settings.compile, "as train.compile says"
     if what == "auto":
@@ -37,7 +37,7 @@ def compile_model(model: Transformer, settings: TrainSettings) -> str:
     return f"compiled block by block ({why}); the first step takes longer"
 
 
-def _missing_compiler() -> str | None:
+def missing_compiler() -> str | None:
     """Why nothing can be compiled here, or None: found out by compiling a line."""
     try:
         probe = torch.compile(_line, dynamic=False)
