@@ -42,27 +42,31 @@ def prompts(lm: LanguageModel) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def theirs(lm: LanguageModel, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    """What Transformers generates from the folder that we write, each prompt alone, in float32."""
+    """What Transformers generates in float32 from the folder that we write; all prompts at once, padded on the left."""
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("smollm2") / "model"
     lm.save(folder)
     peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    longest = max(map(len, prompts))
+    end = lm.eos_ids[0]
+    rows = torch.tensor([[end] * (longest - len(ids)) + ids for ids in prompts])
+    seen = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    with torch.no_grad():
+        made = peer.generate(
+            rows,
+            attention_mask=seen,
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            eos_token_id=list(lm.eos_ids),
+            pad_token_id=end,
+        )
     found = []
-    for ids in prompts:
-        row = torch.tensor([ids])
-        with torch.no_grad():
-            made = peer.generate(
-                row,
-                attention_mask=torch.ones_like(row),
-                max_new_tokens=TOKENS,
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,
-                eos_token_id=list(lm.eos_ids),
-                pad_token_id=lm.eos_ids[0],
-            )
-        found.append(made[0, len(ids) :].tolist())
+    for ids in made[:, longest:].tolist():
+        stop = next((at for at, id in enumerate(ids) if id in lm.eos_ids), len(ids) - 1)
+        found.append(ids[: stop + 1])
     return found
 
 
@@ -81,23 +85,28 @@ def test_the_prompts_say_something(theirs: list[list[int]]) -> None:
     assert len({tuple(ids) for ids in theirs}) == 10
 
 
-@pytest.mark.parametrize("kernel", ["torch", "native"])
 def test_greedy_equals_transformers_token_for_token(
-    lm: LanguageModel, prompts: list[list[int]], theirs: list[list[int]], kernel: Kernel
-) -> None:
-    if kernel == "native":
-        try:
-            native.kernel()
-        except native.Unavailable as error:
-            pytest.skip(f"no C step on this machine: {error}")
-    found = [
-        generate(lm.model, [ids], Sampling(max_new_tokens=TOKENS), eos_ids=lm.eos_ids, kernel=kernel)[0]
-        for ids in prompts
-    ]
-    same(lm, prompts, found, theirs)
-
-
-def test_all_prompts_in_one_batch_equal_them_too(
     lm: LanguageModel, prompts: list[list[int]], theirs: list[list[int]]
 ) -> None:
-    same(lm, prompts, generate(lm.model, prompts, Sampling(max_new_tokens=TOKENS), eos_ids=lm.eos_ids), theirs)
+    """Through the C step where there is one: each prompt alone."""
+    same(lm, prompts, [answer(lm, ids, "auto") for ids in prompts], theirs)
+
+
+def test_the_c_step_is_what_was_tested(lm: LanguageModel, prompts: list[list[int]]) -> None:
+    try:
+        native.kernel()
+    except native.Unavailable as error:
+        pytest.skip(f"no C step on this machine: {error}")
+    assert native.why_not(lm.model) is None
+    assert answer(lm, prompts[0], "native").ids == answer(lm, prompts[0], "torch").ids
+
+
+def test_without_the_c_step_and_in_one_batch_too(
+    lm: LanguageModel, prompts: list[list[int]], theirs: list[list[int]]
+) -> None:
+    sampling = Sampling(max_new_tokens=TOKENS)
+    same(lm, prompts, generate(lm.model, prompts, sampling, eos_ids=lm.eos_ids, kernel="torch"), theirs)
+
+
+def answer(lm: LanguageModel, ids: list[int], kernel: Kernel) -> Generated:
+    return generate(lm.model, [ids], Sampling(max_new_tokens=TOKENS), eos_ids=lm.eos_ids, kernel=kernel)[0]
