@@ -123,8 +123,13 @@ def test_what_it_cannot_express_keeps_its_own_forward_pass() -> None:
     assert "float16" in str(native.why_not(half))
 
 
-def test_a_missing_or_refusing_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def forget() -> None:
     native.kernel.cache_clear()
+    native.library.cache_clear()
+
+
+def test_a_missing_or_refusing_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    forget()
     try:
         monkeypatch.setenv("RATOON_HOME", str(tmp_path))
         with monkeypatch.context() as without:
@@ -138,4 +143,4 @@ def test_a_missing_or_refusing_compiler_is_said(monkeypatch: pytest.MonkeyPatch,
             with pytest.raises(native.Unavailable, match="refused"):
                 native.kernel()
     finally:
-        native.kernel.cache_clear()
+        forget()

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ratoon.base.errors import ConfigError
 from ratoon.generate.beam import Beams
-from ratoon.generate.native import MOST_ROWS, NativeStep, Unavailable
+from ratoon.generate.native import MOST_ROWS, NativeStep
 from ratoon.generate.rows import Ends, Finish, Generated, MakeDecoder, Move, Row, Strategy, fit
 from ratoon.generate.sample import Sampling, draw, penalize_repetition, row_streams, warp
 from ratoon.model.cache import Cache
+from ratoon.model.native import Unavailable
 from ratoon.model.transformer import EncoderDecoder, Transformer
 
 Kernel = Literal["auto", "native", "torch"]

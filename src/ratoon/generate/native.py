@@ -1,7 +1,7 @@
 """Decoding in C: one call a token, for dense decoders on the CPU.
 
 Python and torch need a dozen calls a layer, and torch's products of one row leave half of the memory's speed unused.
-`step.c` is compiled once for this machine, where a C compiler is, and kept in Ratoon's folder; the weights are the
+`step.c` is compiled once for this machine (`model/native.py`); the weights are the
 model's own, read in place. Decides which models it can express; everything else goes through the model itself, as
 everything does where there is no compiler. A test holds the two equal for every family.
 """
@@ -10,12 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
@@ -24,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ratoon.model.cache import Cache
+from ratoon.model.native import Unavailable, library
 from ratoon.model.transformer import MLP, Attention, Block, Linear, Norm, Transformer
-from ratoon.store.atomic import write_bytes
 
 MOST_ROWS = 8
 """Up to here one pass over the weights in C is faster than torch's matrix product."""
 
-_FLAGS = ("-O3", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "geglu_tanh": 1, "relu2": 2, "swiglu": 3}
 _LAYOUTS = {"pre": 0, "parallel": 1, "sandwich": 2}
 _QK_NORMS = {"none": 0, "before_rope": 1, "after_rope": 2}
@@ -65,57 +58,13 @@ _Step = _structure(
 )
 
 
-class Unavailable(Exception):
-    """There is no C step on this machine, or none for this model; the message says why."""
-
-
 @functools.cache
 def kernel() -> Callable[[object], int]:
     """The compiled step. Raises `Unavailable` where there is no compiler, or it refuses."""
-    try:
-        from ratoon.base.catalog import home
-    except ImportError:
-        raise Unavailable("no catalogue") from None
-
-    source = Path(__file__).with_name("step.c")
-    compiler = next(
-        (found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None
-    )
-    if compiler is None:
-        raise Unavailable("there is no C compiler (cc, gcc or clang)")
-    tuned = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    key = hashlib.sha256(b"\0".join([source.read_bytes(), *map(str.encode, (compiler, *_FLAGS, tuned)), _cpu()]))
-    path = home() / "native" / f"step-{key.hexdigest()[:16]}.so"
-    if not path.is_file():
-        _compile([compiler, *_FLAGS, tuned, str(source), "-lm"], path)
-    try:
-        step = ctypes.CDLL(str(path)).ratoon_step
-    except (OSError, AttributeError) as error:
-        raise Unavailable(f"the compiled step cannot be loaded: {error}") from None
+    step = library(Path(__file__).with_name("step.c"), "-pthread").ratoon_step
     step.argtypes = [ctypes.c_void_p]
     step.restype = ctypes.c_int
     return cast(Callable[[object], int], step)
-
-
-def _cpu() -> bytes:
-    """What `-march=native` depends on: a folder shared by several machines keeps one file for each kind."""
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    except OSError:
-        return platform.processor().encode()
-    return b"".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))
-
-
-def _compile(command: list[str], path: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / "step.so"
-        try:
-            done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, timeout=120)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Unavailable(f"the C compiler did not run: {error}") from None
-        if done.returncode:
-            raise Unavailable(f"the C compiler refused: {done.stderr.strip().splitlines()[-1:]}")
-        write_bytes(path, built.read_bytes())
 
 
 def why_not(model: Transformer) -> str | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ratoon.model import fused
 from ratoon.model.attention import attend, visible
 from ratoon.model.cache import Cache
 from ratoon.model.config import ModelConfig
@@ -69,6 +70,11 @@ class Reading:
     rope_local: tuple[Tensor, Tensor] | None
     keep: dict[int | None, Tensor | None]
     keep_memory: Tensor | None
+    fused: bool = False
+    """Attention goes through the C code of `fused.py`; then `keep` is empty and `first_BT` says what is visible, and
+    where that code turns queries and keys itself, `rope` holds whole float32 tables and `position_BT` the places."""
+    position_BT: Tensor | None = None
+    first_BT: Tensor | None = None
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -186,6 +192,9 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, reading: Reading, cache: Cache | None, memory_BSD: Tensor | None) -> Tensor:
         B, T, _ = x_BTD.shape
         cfg = self.cfg
+        if reading.fused and not self.cross:
+            fused_BTD: Tensor = self.o(self._fused(x_BTD, reading))
+            return fused_BTD
         q_BTHC = self.q(x_BTD).view(B, T, cfg.heads, cfg.channels)
         if self.cross:
             k_BKSC, v_BKSC = self._memory(memory_BSD, cache)
@@ -205,16 +214,52 @@ class Attention(nn.Module):
         mixed_BTD: Tensor = self.o(out_BHTC.transpose(1, 2).reshape(B, T, cfg.heads * cfg.channels))
         return mixed_BTD
 
+    def _fused(self, x_BTD: Tensor, reading: Reading) -> Tensor:
+        """What the heads mixed (B, T, H·C), by the C code."""
+        cfg = self.cfg
+        inside = fused.turns_inside(cfg)
+        qkv_BTX = self._project(x_BTD)
+        if not inside:
+            B, T, _ = qkv_BTX.shape
+            heads_BTNC = qkv_BTX.view(B, T, cfg.heads + 2 * cfg.kv, cfg.channels)
+            q_BTHC, k_BTKC, v_BTKC = torch.split(heads_BTNC, [cfg.heads, cfg.kv, cfg.kv], dim=2)
+            qkv_BTX = torch.cat([*self._place(q_BTHC, k_BTKC, reading), v_BTKC], dim=2).view(B, T, -1)
+        return fused.attend(
+            qkv_BTX,
+            self._rope(reading) if inside else None,
+            reading.position_BT,
+            reading.first_BT,
+            heads=cfg.heads,
+            kv_heads=cfg.kv,
+            scale=self.scale,
+            norm_eps=cfg.norm_eps if inside and self.q_norm is not None else None,
+            window=self.window,
+        )
+
+    def _project(self, x_BTD: Tensor) -> Tensor:
+        """Queries, keys and values side by side: one product where the three are plain layers."""
+        layers = (self.q, self.k, self.v)
+        if any(type(layer) is not Linear or layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+            return torch.cat([layer(x_BTD) for layer in layers], dim=-1)
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        weight: Tensor = torch.cat((self.q.weight, self.k.weight, self.v.weight))
+        return F.linear(x_BTD, weight, bias)
+
     def _place(self, q_BTHC: Tensor, k_BTKC: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
         """Norm and turn queries and keys, in the order of the settings."""
         if self.q_norm is not None and self.k_norm is not None and self.cfg.qk_norm == "before_rope":
             q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)
-        rope = reading.rope_local if self.window is not None and reading.rope_local is not None else reading.rope
+        rope = self._rope(reading)
         if rope is not None:
             q_BTHC, k_BTKC = rotate(q_BTHC, *rope), rotate(k_BTKC, *rope)
         if self.q_norm is not None and self.k_norm is not None and self.cfg.qk_norm == "after_rope":
             q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)
         return q_BTHC, k_BTKC
+
+    def _rope(self, reading: Reading) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of this layer: its own where layers with a window have them."""
+        return reading.rope_local if self.window is not None and reading.rope_local is not None else reading.rope
 
     def _memory(self, memory_BSD: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
         """Keys and values of the encoder's output; with a cache they are made once."""
@@ -266,6 +311,19 @@ class Block(nn.Module):
         return x_BTD + out_BTD, router
 
 
+def _angles(
+    rotary: Rotary | None, x_BTD: Tensor, start: int, position_BT: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """cos and sin of each token's place (1 or B, T, 1, r), in the stream's type."""
+    if rotary is None:
+        return None
+    cos, sin = rotary.tables(x_BTD.device, x_BTD.dtype)
+    if position_BT is None:
+        stop = start + x_BTD.shape[1]
+        return cos[None, start:stop, None], sin[None, start:stop, None]
+    return cos[position_BT][:, :, None], sin[position_BT][:, :, None]
+
+
 class Transformer(nn.Module):
     """A stack of blocks between an embedding and a head. Parameters are NaN until `init.py` or a reader sets them."""
 
@@ -304,7 +362,11 @@ class Transformer(nn.Module):
         """
         T = ids_BT.shape[1]
         start = cache.length if cache is not None else 0
-        x_BTD = self.embed(ids_BT)
+        plain = type(self.embed) is Embedding and not self.embed._forward_hooks and not self.embed._forward_pre_hooks
+        if plain and self.embed.weight.requires_grad and fused.runs_on(self.embed.weight):
+            x_BTD = fused.embed(ids_BT, self.embed.weight)
+        else:
+            x_BTD = self.embed(ids_BT)
         if self.cfg.embedding_scale is not None:
             x_BTD = x_BTD * torch.tensor(self.cfg.embedding_scale, dtype=x_BTD.dtype, device=x_BTD.device)
         if self.place is not None:
@@ -335,15 +397,21 @@ class Transformer(nn.Module):
         memory_document_BS: Tensor | None,
     ) -> Reading:
         T = x_BTD.shape[1]
-
-        def rope(rotary: Rotary | None) -> tuple[Tensor, Tensor] | None:
-            if rotary is None:
-                return None
-            cos, sin = rotary.tables(x_BTD.device, x_BTD.dtype)
-            if position_BT is None:
-                return cos[None, start : start + T, None], sin[None, start : start + T, None]
-            return cos[position_BT][:, :, None], sin[position_BT][:, :, None]
-
+        rotaries = (self.rotary, self.rotary_local)
+        keep_memory = None
+        if memory_document_BS is not None:
+            own_BT = torch.zeros_like(x_BTD[..., 0], dtype=torch.int32) if document_BT is None else document_BT
+            keep_memory = (own_BT[:, :, None] == memory_document_BS[:, None, :])[:, None]
+        if cache is None and fused.fits(self.cfg, x_BTD):
+            first_BT = None if document_BT is None else fused.run_starts(document_BT)
+            if fused.turns_inside(self.cfg):
+                rope, rope_local = (
+                    None if one is None else one.tables(x_BTD.device, torch.float32) for one in rotaries
+                )
+            else:
+                rope, rope_local = (_angles(one, x_BTD, 0, position_BT) for one in rotaries)
+            return Reading(rope, rope_local, {}, keep_memory, True, position_BT, first_BT)
+        rope, rope_local = (_angles(one, x_BTD, start, position_BT) for one in rotaries)
         document_BS = cache.mark(T, document_BT) if cache is not None else document_BT
         if document_BT is None and document_BS is not None:
             document_BT = document_BS[:, start:]
@@ -359,11 +427,7 @@ class Transformer(nn.Module):
             )
             for window in {self.cfg.window(layer) for layer in range(self.cfg.layers)}
         }
-        keep_memory = None
-        if memory_document_BS is not None:
-            own_BT = torch.zeros_like(x_BTD[..., 0], dtype=torch.int32) if document_BT is None else document_BT
-            keep_memory = (own_BT[:, :, None] == memory_document_BS[:, None, :])[:, None]
-        return Reading(rope(self.rotary), rope(self.rotary_local), keep, keep_memory)
+        return Reading(rope, rope_local, keep, keep_memory)
 
     def head_weight(self) -> Tensor:
         """The matrix (V, D) that turns hidden states into scores; the embedding's own where they are tied."""

@@ -1,0 +1,231 @@
+"""Attention and the embedding's gradient in C, as operations that torch can differentiate and compile around.
+
+Decides when `attention.c` may stand for the plain product of `attention.py`: bfloat16 on a CPU that multiplies it
+(AVX512-BF16), no cache, causal, and sizes that fill its registers. Everything else, and every machine without a C
+compiler, goes the plain way; a test holds the two equal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ratoon.model.config import ModelConfig
+from ratoon.model.native import Unavailable, library, processor_flags
+
+_NEEDS = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
+_COUNTS = ("threads", "rows", "tokens", "heads", "kv_heads", "channels", "window", "rotating")
+_POINTERS = ("qkv", "cos", "sin", "position", "first", "out", "lse", "d_out", "d_qkv")
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _COUNTS),
+        *((name, ctypes.c_double) for name in ("scale", "eps")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+    ]
+
+
+def _code() -> ctypes.CDLL:
+    return library(Path(__file__).with_name("attention.c"), "-fopenmp")
+
+
+def missing() -> str | None:
+    """Why the C code cannot be used on this machine; None if it can."""
+    lacks = _NEEDS - processor_flags()
+    if lacks:
+        return f"the processor lacks {', '.join(sorted(lacks))}"
+    try:
+        _code()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+_usable: bool | None = None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def usable() -> bool:
+    """Whether the C code runs on this machine; found out once."""
+    global _usable
+    if _usable is None:
+        _usable = missing() is None
+    return _usable
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether the C code computes with such numbers on this machine."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and usable()
+
+
+def fits(cfg: ModelConfig, x_BTD: Tensor) -> bool:
+    """Whether the C code expresses the attention of such a model on such a stream."""
+    fitting = cfg.causal and cfg.attention_softcap is None and cfg.channels % 16 == 0
+    return fitting and x_BTD.shape[1] > 1 and runs_on(x_BTD)
+
+
+def turns_inside(cfg: ModelConfig) -> bool:
+    """Whether queries and keys come to the C code as they were projected: it rotates and norms them itself."""
+    if cfg.positions == "rotary" and round(cfg.channels * cfg.rope_fraction) % 32:
+        return False
+    return cfg.qk_norm == "none" or (cfg.qk_norm == "after_rope" and cfg.norm_weight == "none" and cfg.norm == "rms")
+
+
+def run_starts(document_BT: Tensor) -> Tensor:
+    """The slot (B, T) at which each token's run of one document begins."""
+    T = document_BT.shape[1]
+    begins = torch.ones_like(document_BT, dtype=torch.bool)
+    begins[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    slots = torch.arange(T, device=document_BT.device).expand_as(document_BT)
+    return torch.where(begins, slots, 0).cummax(dim=1).values
+
+
+def attend(
+    qkv_BTX: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    position_BT: Tensor | None,
+    first_BT: Tensor | None,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    norm_eps: float | None,
+    window: int | None,
+) -> Tensor:
+    """Queries, keys and values of one projection, side by side (B, T, (H + 2 K) C) -> (B, T, H C).
+
+    `rope`: float32 tables of cos and sin (positions, r); `position_BT` absent: 0, 1, …; `first_BT`: see `run_starts`;
+    `norm_eps`: queries and keys are RMS-normed after the rotation. Documents must be runs of neighbouring slots.
+    """
+    cos, sin = rope if rope is not None else (None, None)
+    eps = -1.0 if norm_eps is None else norm_eps
+    out: Tensor = torch.ops.ratoon.attention(
+        qkv_BTX, cos, sin, position_BT, first_BT, heads, kv_heads, scale, eps, window or 0
+    )[0]
+    return out
+
+
+def embed(ids_BT: Tensor, table_VD: Tensor) -> Tensor:
+    """The vectors of tokens (B, T, D). Its gradient is summed in float32, in the order of the tokens."""
+    found: Tensor = torch.ops.ratoon.embedding(ids_BT, table_VD)
+    return found
+
+
+# -- the operations --------------------------------------------------------------------------------------------------
+
+_library: Any = torch.library
+_lib = _library.Library("ratoon", "DEF")
+_SHARED = (
+    "Tensor? cos, Tensor? sin, Tensor? position, Tensor? first, int heads, int kv_heads, float scale, float eps, "
+    "int window"
+)
+_lib.define(f"attention(Tensor qkv, {_SHARED}) -> (Tensor, Tensor)")
+_lib.define(f"attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, {_SHARED}) -> Tensor")
+_lib.define("embedding(Tensor ids, Tensor table) -> Tensor")
+_lib.define("embedding_backward(Tensor d_out, Tensor ids, int vocab) -> Tensor")
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _call(qkv: Tensor, rest: Sequence[Any], **more: Tensor) -> _Call:
+    """The arguments of the C code: `rest` are those that both passes share, in their order."""
+    cos, sin, position, first, heads, kv_heads, scale, eps, window = rest
+    B, T, X = qkv.shape
+    numbers = {
+        "threads": torch.get_num_threads(), "rows": B, "tokens": T, "heads": heads, "kv_heads": kv_heads,
+        "channels": X // (heads + 2 * kv_heads), "window": window, "rotating": 0 if cos is None else cos.shape[-1],
+        "scale": scale, "eps": eps,
+    }  # fmt: skip
+    tensors = {"qkv": qkv, "cos": cos, "sin": sin, "position": position, "first": first, **more}
+    return _Call(**numbers, **{name: _pointer(tensor) for name, tensor in tensors.items()})
+
+
+def _attention(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    B, T, X = qkv.shape
+    heads, kv_heads = rest[4], rest[5]
+    qkv = qkv.contiguous()
+    out = qkv.new_empty(B, T, X // (heads + 2 * kv_heads) * heads)
+    lse = torch.empty(B, heads, T, dtype=torch.float32)
+    if _code().ratoon_attention(ctypes.byref(_call(qkv, rest, out=out, lse=lse))):
+        raise MemoryError("no memory for attention's scratch")
+    return out, lse
+
+
+def _attention_backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> Tensor:
+    qkv, d_out, out = qkv.contiguous(), d_out.contiguous(), out.contiguous()
+    d_qkv = torch.empty_like(qkv)
+    if _code().ratoon_attention_backward(ctypes.byref(_call(qkv, rest, out=out, lse=lse, d_out=d_out, d_qkv=d_qkv))):
+        raise MemoryError("no memory for attention's scratch")
+    return d_qkv
+
+
+def _embedding(ids: Tensor, table: Tensor) -> Tensor:
+    return table.index_select(0, ids.reshape(-1)).view(*ids.shape, table.shape[1])
+
+
+def _embedding_backward(d_out: Tensor, ids: Tensor, vocab: int) -> Tensor:
+    width = d_out.shape[-1]
+    d_out, ids = d_out.contiguous(), ids.contiguous()
+    d_table = torch.zeros(vocab, width, dtype=torch.float32)
+    _code().ratoon_embedding_backward(
+        *(ctypes.c_void_p(x.data_ptr()) for x in (ids, d_out, d_table)),
+        *(ctypes.c_int64(n) for n in (ids.numel(), width, torch.get_num_threads())),
+    )
+    return d_table.to(d_out.dtype)
+
+
+def _attention_fake(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    B, T, X = qkv.shape
+    heads, kv_heads = rest[4], rest[5]
+    return qkv.new_empty(B, T, X // (heads + 2 * kv_heads) * heads), qkv.new_empty(B, heads, T, dtype=torch.float32)
+
+
+def _attention_backward_fake(d_out: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _embedding_fake(ids: Tensor, table: Tensor) -> Tensor:
+    return table.new_empty(*ids.shape, table.shape[1])
+
+
+def _embedding_backward_fake(d_out: Tensor, ids: Tensor, vocab: int) -> Tensor:
+    return d_out.new_empty(vocab, d_out.shape[-1])
+
+
+def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cos, sin, position, first, *ctx.rest = inputs
+    ctx.save_for_backward(qkv, *output, cos, sin, position, first)
+
+
+def _attention_gradient(ctx: Any, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    qkv, out, lse, *tables = ctx.saved_tensors
+    return torch.ops.ratoon.attention_backward(d_out, qkv, out, lse, *tables, *ctx.rest), *([None] * 9)
+
+
+def _keep_embedding(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.vocab = inputs[1].shape[0]
+
+
+def _embedding_gradient(ctx: Any, d_out: Tensor) -> tuple[None, Tensor]:
+    return None, torch.ops.ratoon.embedding_backward(d_out, ctx.saved_tensors[0], ctx.vocab)
+
+
+for _name, _run, _shape in (
+    ("attention", _attention, _attention_fake),
+    ("attention_backward", _attention_backward, _attention_backward_fake),
+    ("embedding", _embedding, _embedding_fake),
+    ("embedding_backward", _embedding_backward, _embedding_backward_fake),
+):
+    _lib.impl(_name, _run, "CPU")
+    _library.register_fake(f"ratoon::{_name}", _shape, lib=_lib)
+_library.register_autograd("ratoon::attention", _attention_gradient, setup_context=_keep_attention, lib=_lib)
+_library.register_autograd("ratoon::embedding", _embedding_gradient, setup_context=_keep_embedding, lib=_lib)

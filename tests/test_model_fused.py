@@ -1,0 +1,198 @@
+"""Attention and the embedding's gradient in C = the plain way, forward and backward; and everywhere else the plain way
+is taken."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ratoon.model import fused
+from ratoon.model.config import ModelConfig
+from ratoon.model.init import init_weights
+from ratoon.model.transformer import Transformer
+
+needs_code = pytest.mark.skipif(fused.missing() is not None, reason=f"no C code here: {fused.missing()}")
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama, grouped": {"kv_heads": 2, "head_dim": 32},
+    "nanochat": {"norm_weight": "none", "qk_norm": "after_rope", "rope_sign": -1, "head_dim": 32},
+    "gpt2": {"norm": "layer", "positions": "learned", "mlp": "gelu_tanh", "mlp_bias": True, "out_bias": True},
+    "neox": {"norm": "layer", "rope_fraction": 0.5, "head_dim": 64, "norm_layout": "parallel", "heads": 2},
+    "qwen3: gains before the rotation": {"qk_norm": "before_rope", "head_dim": 48, "kv_heads": 1},
+    "gains after the rotation": {"qk_norm": "after_rope", "head_dim": 32},
+    "16 channels": {"head_dim": 16},
+    "windows, own theta": {"windows": (7, None), "rope_local_theta": 100.0, "head_dim": 32},
+    "window over blocks": {"windows": (100, 65), "head_dim": 32, "query_scale": 0.3},
+}
+
+
+def made(**changes: Any) -> Transformer:
+    table: dict[str, Any] = {
+        "vocab_size": 50, "width": 64, "layers": 2, "heads": 4, "mlp_width": 96, "context_tokens": 300,
+        "init_std": 0.15, "zero_init_outputs": False,
+    }  # fmt: skip
+    model = Transformer(ModelConfig(**(table | changes)))
+    init_weights(model, 1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def documents(T: int) -> tuple[Tensor, Tensor]:
+    """Rows of one document, of two, and of one with padding behind it; and the tokens' places."""
+    document_BT = torch.zeros(3, T, dtype=torch.int32)
+    document_BT[1, T // 2 :] = 1
+    document_BT[2, 1 + T // 3 :] = -1
+    position_BT = torch.arange(T).expand(3, T).clone()
+    position_BT[1, T // 2 :] -= T // 2
+    return document_BT, position_BT
+
+
+def result(
+    model: Transformer, dtype: torch.dtype, use: bool, ids: Tensor, position: Tensor | None, document: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hidden states and gradients, with the C code or without."""
+    model = copy.deepcopy(model).to(dtype)
+    before, fused._usable = fused._usable, use
+    try:
+        hidden = model(ids, position, document)
+        weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+        if document is not None:
+            weight = weight * (document >= 0)[..., None]
+        (hidden * weight).sum().backward()
+    finally:
+        fused._usable = before
+    kept = hidden.detach().double() if document is None else hidden.detach().double() * (document >= 0)[..., None]
+    return kept, {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(one: Tensor, other: Tensor, scale: float) -> float:
+    return float((one - other).norm() / scale)
+
+
+@needs_code
+@pytest.mark.parametrize("T", [2, 17, 64, 65, 130, 256])
+@pytest.mark.parametrize("case", CASES)
+def test_c_is_as_near_to_float64_as_the_plain_way(case: str, T: int) -> None:
+    """In bfloat16 neither is exact: the C code may err as much as the plain product does, and no more."""
+    # A softmax over two keys hangs on one difference, which the rounded output of the forward pass blurs.
+    slack = 0.03 if T == 2 else 5e-3
+    model = made(**CASES[case])
+    ids = torch.randint(0, 50, (3, T), generator=torch.Generator().manual_seed(T))
+    for document, position in ((None, None), documents(T)):
+        exact, exact_grads = result(model, torch.float64, False, ids, position, document)
+        plain, plain_grads = result(model, torch.bfloat16, False, ids, position, document)
+        ours, our_grads = result(model, torch.bfloat16, True, ids, position, document)
+        assert not torch.equal(plain, ours)  # the C code was really taken
+        scale = float(exact.norm())
+        assert distance(ours, exact, scale) < 1.5 * distance(plain, exact, scale) + 1e-3
+        whole = float(torch.cat([g.flatten() for g in exact_grads.values()]).norm())
+        assert our_grads.keys() == exact_grads.keys()
+        for name, exact_grad in exact_grads.items():
+            scale = max(float(exact_grad.norm()), 1e-3 * whole)
+            off = distance(our_grads[name], exact_grad, scale)
+            assert off < 1.5 * distance(plain_grads[name], exact_grad, scale) + slack, name
+
+
+@needs_code
+def test_documents_do_not_see_each_other() -> None:
+    """Packed = apart, bit for bit where the blocks lie alike: the first document of a row does not feel the second."""
+    model = made(head_dim=32).to(torch.bfloat16)
+    ids = torch.randint(0, 50, (1, 100))
+    document = torch.zeros(1, 100, dtype=torch.int32)
+    document[0, 40:] = 1
+    position = torch.cat([torch.arange(40), torch.arange(60)])[None]
+    with torch.no_grad():
+        packed = model(ids, position, document)
+        changed = ids.clone()
+        changed[0, :40] = (changed[0, :40] + 1) % 50
+        assert torch.equal(model(changed, position, document)[0, 40:], packed[0, 40:])
+        assert not torch.equal(model(changed, position, document)[0, :40], packed[0, :40])
+        alone = model(ids[:, 40:])
+    assert (packed[0, 40:].float() - alone[0].float()).abs().max() < 0.1
+
+
+@needs_code
+def test_the_result_does_not_depend_on_threads_or_repeats() -> None:
+    model = made(head_dim=32)
+    ids = torch.randint(0, 50, (3, 130))
+    first = result(model, torch.bfloat16, True, ids, None, None)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            again = result(model, torch.bfloat16, True, ids, None, None)
+            assert torch.equal(again[0], first[0])
+            assert torch.equal(again[1]["embed.weight"], first[1]["embed.weight"])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_code
+def test_a_number_that_is_not_finite_stays_visible() -> None:
+    """A NaN in one key reaches every later token of its document, and none of an earlier block."""
+    model = made(head_dim=32, layers=1).to(torch.bfloat16)
+    with torch.no_grad():
+        model.embed.weight[7] = float("nan")
+        ids = torch.randint(8, 50, (1, 90))
+        ids[0, 70] = 7
+        hidden = model(ids)
+    assert hidden[0, :64].isfinite().all()
+    assert hidden[0, 70:].isnan().all()
+
+
+@needs_code
+@pytest.mark.parametrize("width", [16, 40, 64])
+def test_the_embeddings_gradient_is_the_sum_over_its_tokens(width: int) -> None:
+    table = torch.randn(11, width).bfloat16().requires_grad_()
+    ids = torch.randint(0, 11, (4, 33))
+    upstream = torch.randn(4, 33, width).bfloat16()
+    found = fused.embed(ids, table)
+    assert torch.equal(found, table[ids])
+    found.backward(upstream)
+    assert table.grad is not None
+    exact = torch.zeros(11, width, dtype=torch.float64).index_add(0, ids.flatten(), upstream.double().view(-1, width))
+    assert torch.equal(table.grad, exact.float().bfloat16()) or (table.grad - exact).abs().max() < 0.02
+
+
+@needs_code
+def test_operations_pass_torchs_own_checks() -> None:
+    qkv = torch.randn(2, 20, 3 * 32).bfloat16().requires_grad_()
+    rest = (None, None, None, None, 1, 1, 0.2, -1.0, 0)
+    torch.library.opcheck(torch.ops.ratoon.attention, (qkv, *rest), test_utils=("test_schema", "test_faketensor"))
+    table = torch.randn(9, 32).bfloat16().requires_grad_()
+    ids = torch.randint(0, 9, (2, 5))
+    torch.library.opcheck(torch.ops.ratoon.embedding, (ids, table), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"causal": False}, {"attention_softcap": 5.0}, {"head_dim": 24}],
+    ids=["encoder", "soft-cap", "24 channels"],
+)
+def test_what_it_does_not_express_goes_the_plain_way(changes: dict[str, Any]) -> None:
+    model = made(**changes)
+    ids = torch.randint(0, 50, (3, 30))
+    assert torch.equal(
+        result(model, torch.bfloat16, True, ids, None, None)[0],
+        result(model, torch.bfloat16, False, ids, None, None)[0],
+    )
+
+
+def test_float32_goes_the_plain_way() -> None:
+    model, ids = made(), torch.randint(0, 50, (3, 30))
+    assert torch.equal(
+        result(model, torch.float32, True, ids, None, None)[0], result(model, torch.float32, False, ids, None, None)[0]
+    )
+
+
+def test_runs_of_documents() -> None:
+    document = torch.tensor([[0, 0, 1, 1, 1, -1], [3, 3, 3, 3, 3, 3]])
+    assert fused.run_starts(document).tolist() == [[0, 0, 2, 2, 2, 5], [0] * 6]
