@@ -1,7 +1,10 @@
 """SentencePiece models -> the JSON of a tokenizer of the `tokenizers` library.
 
 Decides how a `tokenizer.model` is read (with a reader of our own for the few fields that matter, so that neither
-sentencepiece nor protobuf is needed) and which normalizer, model and decoder give the same ids as the original.
+sentencepiece nor protobuf is needed) and which normalizer, model and decoder give the same ids as the original. Two
+differences are known, both of the `tokenizers` library and so of Transformers too: rules of the normalizer for several
+characters are not found inside a longer group of marks on one letter, and of two equally likely ways to cut a text
+another may be taken.
 The format: the `sentencepiece_model.proto` of the SentencePiece project; Kudo & Richardson, arXiv:1808.06226.
 """
 
@@ -50,7 +53,7 @@ def load_pieces(path: Path, config: Mapping[str, Any]) -> tuple[Core, dict[str, 
     """
     try:
         pieces = read_pieces(path.read_bytes())
-    except (ValueError, IndexError, struct.error) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, struct.error) as error:
         raise ArtifactError(
             f"not readable as a SentencePiece model: {error}",
             where=path,
@@ -173,11 +176,19 @@ def _symbols(pieces: Pieces) -> list[str]:
 
 
 def _cuts(pieces: Pieces) -> dict[str, Any] | None:
-    """A user's symbols stand alone: they are cut out of the normalized text, longest first."""
-    symbols = sorted(_symbols(pieces), key=len, reverse=True)
-    if not symbols:
-        return None
-    pattern = "|".join(map(re.escape, symbols))
+    """Where no token may span the normalized text: around a user's symbols, which stand alone, longest first; and
+    inside what is spelled like a byte's piece, which a unigram model would take for the byte."""
+    steps: list[dict[str, Any]] = []
+    if symbols := sorted(_symbols(pieces), key=len, reverse=True):
+        steps.append(_split("|".join(map(re.escape, symbols))))
+    if pieces.model == UNIGRAM and BYTE in pieces.kinds:
+        steps.append(_split("(?<=<0x[0-9A-F]{2})(?=>)"))
+    if len(steps) > 1:
+        return {"type": "Sequence", "pretokenizers": steps}
+    return steps[0] if steps else None
+
+
+def _split(pattern: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
