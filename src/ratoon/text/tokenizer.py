@@ -312,7 +312,8 @@ class Tokenizer:
 
     @cached_property
     def _byte_fallback(self) -> bool:
-        return bool(getattr(self.core.model, "byte_fallback", False)) and self.core.decoder is not None
+        # The decoder says it for every kind of model; a unigram model does not show its own setting.
+        return self.core.decoder is not None and b'"ByteFallback"' in self.core.decoder.__getstate__()
 
     @cached_property
     def _specials_core(self) -> Core:
