@@ -76,6 +76,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_it_stops_before_the_step_and_names_the_row(case: str, precision: str, micro: int) -> None:
     error, outcome = stopped(**CASES[case], precision=precision, micro_batch_rows=micro)
+    assert error.found.startswith("the gradient norm" if case == "infinite gradient" else "the loss")
     assert f"at step {BAD_STEP}" in error.found and "weights were not touched" in error.found
     assert error.where == f"rows: {NAME}"
     assert "--resume" in str(error.fix)
