@@ -20,7 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 _ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\\\": "\\"}
 
 _SAMPLING = (
-    click.option("--max-new-tokens", type=int, help="The most tokens of an answer."),
+    click.option("--max-new-tokens", type=int, help="The most tokens of an answer; 128 if not given, in chat 512."),
     click.option("--min-new-tokens", type=int, help="The end is out of reach until so many are there."),
     click.option("--temperature", type=float, help="Scores are divided by it before drawing; 0: the likeliest token."),
     click.option("--top-k", type=int, help="Draw among the K likeliest tokens."),
