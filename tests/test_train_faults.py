@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -302,3 +304,45 @@ def test_compiled_is_eager(what: str) -> None:
     assert compiled.told("compiled")
     assert np.allclose(eager.losses(), compiled.losses(), rtol=1e-5)
     assert little.largest_difference(eager.weights, compiled.weights) < 1e-5
+
+
+# -- Ctrl-C, as a user types it ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_goes_on(own_folder: Path) -> None:
+    text = "".join(f"Shoot number {i} of row {i % 7} is {'green' if i % 3 else 'dry'}.\n" for i in range(300))
+    (own_folder / "text.txt").write_text(text, encoding="utf-8")
+    (own_folder / "recipe.yaml").write_text(
+        "name: a\n"
+        "data: {sources: [text.txt], vocab_size: 300, split_documents: lines}\n"
+        "model: {size: tiny, settings: {layers: 1, width: 16, heads: 2}}\n"
+        "train: {steps: 100000, rows: 8, context_tokens: 16, precision: float32, compile: 'off', log_every_steps: 1}\n"
+        "samples: [Shoot]\n"
+        "sample_tokens: 4\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "ratoon", "pretrain", "recipe.yaml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = Run(own_folder / "runs" / "a")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=own_folder, env=environment) as process:
+        until = time.monotonic() + 120
+        while sum(record["kind"] == "train" for record in run.read_metrics()) < 5:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    state = run.read_state()
+    assert state["status"] == "interrupted" and "--resume" in state["reason"]
+    last = checkpoint.pointed(run.checkpoints, "last")
+    assert last is not None
+    step = int(last.name.removeprefix("step-"))
+    assert step >= 5
+    more = [*command, "--resume", f"train.steps={step + 3}"]
+    done = subprocess.run(more, capture_output=True, text=True, cwd=own_folder, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from step {step}" in done.stderr and "not bit for bit" in done.stderr
+    assert run.read_state()["status"] == "done" and run.report.is_file()
+    trained = [record["step"] for record in run.read_metrics() if record["kind"] == "train"]
+    assert trained == list(range(1, step + 4))

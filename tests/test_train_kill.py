@@ -179,3 +179,81 @@ def test_a_model_folder_is_the_old_or_the_new(tmp_path: Path) -> None:
     seen = script(WRITE, tmp_path)
     assert seen["old"] and seen["new"] and seen["half-written siblings"], seen
     read_model(tmp_path / "model")
+
+
+VERB = (
+    FORKS
+    + """
+import json
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+os.chdir(sys.argv[2])
+import torch
+import ratoon.cli.machine, ratoon.data.prepare, ratoon.data.loader, ratoon.evaluate.run, ratoon.generate.lm
+import ratoon.model.folder, ratoon.report.page, ratoon.train.loop, ratoon.train.track
+from ratoon.cli.pretrain import run_recipe
+from ratoon.recipe import load
+
+table, kills = json.loads(sys.argv[3]), int(sys.argv[4])
+sys.stderr = open("stderr.txt", "w")
+
+def pretrain(name):
+    # As a user would: the same command, with --resume once there is something to resume.
+    def work(mark):
+        mark()
+        started = (Path("runs") / name / "manifest.json").exists()
+        run_recipe(load({**table, "name": name}), resume=started)
+    return work
+
+began = time.perf_counter()
+killed_after(10**9, 0, pretrain("whole"))
+takes = time.perf_counter() - began
+random.seed(5)
+reached = []
+for _ in range(kills):
+    if not killed_after(1, random.random() * 0.1 * takes, pretrain("killed")):
+        break
+    folder = Path("runs") / "killed"
+    state = json.loads((folder / "manifest.json").read_text()) if (folder / "manifest.json").exists() else {}
+    reached.append([state.get("status"), (folder / "data").exists(), len(list(folder.glob("checkpoints/step-*")))])
+else:
+    killed_after(10**9, 0, pretrain("killed"))
+print(json.dumps({"reached": reached, "takes": takes}))
+"""
+)
+
+
+@pytest.mark.slow
+def test_pretrain_killed_anywhere_between_text_and_page(tmp_path: Path) -> None:
+    """The verb, killed while it prepares, trains, saves, evaluates and writes: the model is the same to the bit."""
+    text = "".join(f"Shoot number {i} of row {i % 7} is {'green' if i % 3 else 'dry'}.\n" for i in range(400))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    table = {
+        "data": {"sources": ["text.txt"], "vocab_size": 300, "split_documents": "lines"},
+        "model": {"size": "tiny", "settings": {"layers": 1, "width": 16, "heads": 2}},
+        "train": {
+            "steps": 30,
+            "rows": 8,
+            "context_tokens": 16,
+            "precision": "float32",
+            "compile": "off",
+            "log_every_steps": 1,
+            "checkpoint_every_steps": 1,
+        },
+        "samples": ["Shoot"],
+        "sample_tokens": 4,
+    }
+    found = script(VERB, tmp_path, json.dumps(table), KILLS)
+    runs = tmp_path / "runs"
+    assert len(found["reached"]) >= 5, found
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (runs / "killed" / "model" / name).read_bytes() == (runs / "whole" / "model" / name).read_bytes(), name
+    for name in ("whole", "killed"):
+        state = json.loads((runs / name / "manifest.json").read_text(encoding="utf-8"))
+        assert state["status"] == "done"
+        assert (runs / name / "report.html").is_file()
+    losses = [
+        [record["loss"] for record in little.new_run(runs / name).read_metrics() if record["kind"] in ("train", "eval")]
+        for name in ("whole", "killed")
+    ]
+    assert losses[0] == losses[1]
