@@ -278,7 +278,8 @@ def _gpu_rate() -> float:
 
 def _compilers(facts: dict[str, Any]) -> Iterator[Finding]:
     """Both compilers at work: torch.compile on a line, and the decoding step in C."""
-    from ratoon.generate.native import Unavailable, kernel
+    from ratoon.generate.native import kernel
+    from ratoon.model.native import Unavailable
     from ratoon.train.compiled import missing_compiler
 
     began = time.perf_counter()

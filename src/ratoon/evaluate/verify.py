@@ -24,9 +24,10 @@ from ratoon.data.pack import Example, pack_whole, whole_rows
 from ratoon.data.shards import Shards
 from ratoon.generate.decode import Reader
 from ratoon.generate.lm import LanguageModel, load
-from ratoon.generate.native import NativeStep, Unavailable
+from ratoon.generate.native import NativeStep
 from ratoon.generate.rows import Move
 from ratoon.model.cache import Cache
+from ratoon.model.native import Unavailable
 from ratoon.store.artifact import MANIFEST, file_hash, read_manifest
 from ratoon.text.stream import StreamDecoder
 
