@@ -161,7 +161,7 @@ def test_a_toy_that_does_not_learn_is_a_problem(
     """The optimizer does nothing: the loss stays, the verb says so and fails."""
     from ratoon.train.optim import Optimizer
 
-    monkeypatch.setattr(Optimizer, "step", lambda self, share: None)
+    monkeypatch.setattr(Optimizer, "step", lambda self, *given: None)
     with pytest.raises(SystemExit) as caught:
         ratoon(["doctor"])
     assert caught.value.code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -99,6 +100,40 @@ def weights_before(step: int, **changes: Any) -> dict[str, Tensor]:
         little.go(steps=8, loader=Ends(), **changes)
     outcome: little.Outcome = caught.value.outcome  # type: ignore[attr-defined]
     return outcome.weights
+
+
+def test_float16_leaves_out_a_step_whose_gradient_overflows() -> None:
+    """One step is left out and counted; the weights are what they were before it, and the run goes on."""
+    seen: list[dict[str, Tensor]] = []
+
+    def evaluate(step: int, model: Transformer) -> dict[str, Any]:
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return {}
+
+    outcome = little.go(
+        objective=spoilt_gradient, precision="autocast-fp16", steps=8, evaluate=evaluate, evaluate_every_steps=1
+    )
+    assert outcome.result is not None and outcome.result.steps == 8
+    moved = [not little.same(one, other) for one, other in itertools.pairwise(seen)]
+    assert moved == [step != BAD_STEP for step in range(8)]
+    told = [record.get("skipped_steps", 0) for record in outcome.records if record["kind"] == "train"]
+    assert told == [0] * BAD_STEP + [1] * (8 - BAD_STEP)
+    assert [record for record in outcome.records if record["kind"] == "train"][BAD_STEP]["grad_norm"] is None
+
+
+def test_float16_stops_when_no_scale_helps() -> None:
+    def from_then_on(model: Transformer, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        loss, weight = next_token(model, inputs)
+        if int(inputs.rows[0].split(":")[1].split("/")[0]) >= BAD_STEP:
+            loss = loss + ((model.embed.weight - model.embed.weight.detach()).sum() ** 2).sqrt()
+        return loss, weight
+
+    with pytest.raises(NumericError, match="gradient norm became") as caught:
+        little.go(objective=from_then_on, precision="autocast-fp16", steps=200, schedule="constant")
+    outcome: little.Outcome = caught.value.outcome  # type: ignore[attr-defined]
+    before = little.go(steps=BAD_STEP, precision="autocast-fp16", schedule="constant")
+    assert little.same(outcome.weights, before.weights)
+    assert len(outcome.losses()) < 60  # each try halves the scale
 
 
 def test_a_batch_without_anything_to_learn_is_refused() -> None:
