@@ -61,11 +61,15 @@ def render(
     spans: list[Span] = []
     if BEGIN_ANSWER in marked:
         marked, spans = _marked_answers(job, marked)
-    elif not add_generation_prompt:
-        spans = [job.answer(marked, number) for number in job.answers]
+    else:
+        try:
+            spans = [job.answer(marked, number) for number in job.answers]
+        except ArtifactError:
+            if not add_generation_prompt:
+                raise
+    ids, places = job.encode(marked, [start for start, _ in spans])
     if add_generation_prompt:
         spans = []
-    ids, places = job.encode(marked, [start for start, _ in spans])
     mask = [any(start <= first and last <= end for start, end in spans) for first, last in places]
     return Rendered(marked.replace(job.broken, ""), ids, mask)
 
@@ -142,16 +146,18 @@ class _Job:
             if not any(first < cut < last for cut in cuts for first, last in places):
                 return ids, places
         ids, places = [], []
+        section = False  # a special token stands right before
         for start, end, special in self._pieces(text, cuts):
             if special:
                 ids.append(self.tokenizer.special[text[start:end]])
                 places.append((start, end))
+                section = True
                 continue
             kept = [i for i in range(start, end) if text[i] != self.broken]
             plain = "".join(text[i] for i in kept)
-            encode = self.tokenizer.encode_plain_spans if start else self._first
-            inner, spans = encode(plain)
+            inner, spans = self.tokenizer.encode_plain_spans(plain, section=section) if start else self._first(plain)
             ids += inner
+            section = False
             places += [(kept[min(a, len(kept) - 1)], kept[max(a, b - 1)] + 1) for a, b in spans]
         return ids, places
 

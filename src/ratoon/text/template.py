@@ -126,7 +126,7 @@ class _Names(Namespace):
         Namespace.__init__(args[0], given)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._check(name)
+        _Names._check(name)  # an attribute of a namespace is what a template stored in it
         super().__setitem__(name, value)
 
     @staticmethod
@@ -161,6 +161,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
+        for other in tree.find_all((nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport)):
+            raise SecurityError(f"it loads another template (line {other.lineno})")
         macros = [*tree.find_all(nodes.Macro), *tree.find_all(nodes.CallBlock)]
         self.macro_characters = sum(len(data.data) for macro in macros for data in macro.find_all(nodes.TemplateData))
         _Counting().visit(tree)

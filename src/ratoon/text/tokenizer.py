@@ -289,10 +289,11 @@ class Tokenizer:
         encoding = self._specials_core.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def encode_plain_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_plain_spans(self, text: str, *, section: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """As `encode_spans` with every spelling as plain text, for a piece in the middle of a text: no space is put
-        before it."""
-        encoding = self._middle_core.encode(text, add_special_tokens=False)
+        before it. A `section` begins right after a special token, and some tokenizers put a space there."""
+        core = self._section_core if section else self._middle_core
+        encoding = core.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -326,24 +327,36 @@ class Tokenizer:
 
     @cached_property
     def _middle_core(self) -> Core:
+        return self._inner_core(section=False)
+
+    @cached_property
+    def _section_core(self) -> Core:
+        return self._inner_core(section=True)
+
+    def _inner_core(self, section: bool) -> Core:
         table = json.loads(self.core.to_str(pretty=False))
         table["post_processor"] = None
-        table["normalizer"] = _unprefixed(table["normalizer"], "normalizers")
-        table["pre_tokenizer"] = _unprefixed(table["pre_tokenizer"], "pretokenizers")
+        table["normalizer"] = _inner(table["normalizer"], "normalizers", section)
+        table["pre_tokenizer"] = _inner(table["pre_tokenizer"], "pretokenizers", section)
         core = Core.from_str(json.dumps(table, ensure_ascii=False))
         core.encode_special_tokens = True
         return core
 
 
-def _unprefixed(part: dict[str, Any] | None, inner: str) -> dict[str, Any] | None:
-    """A normalizer or pre-tokenizer that puts nothing before the text."""
-    if part is None or part["type"] == "Prepend":
+def _inner(part: dict[str, Any] | None, inner: str, section: bool) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer as it works on a piece that is not the first: on a section, which begins after a
+    special token, or on a piece inside one, before which nothing is put."""
+    if part is None:
         return None
     if part["type"] == "Sequence":
-        kept = [found for found in (_unprefixed(entry, inner) for entry in part[inner]) if found is not None]
+        kept = [found for found in (_inner(entry, inner, section) for entry in part[inner]) if found is not None]
         return {**part, inner: kept}
     if part["type"] == "Metaspace":
-        return {**part, "prepend_scheme": "never"}
+        return {**part, "prepend_scheme": "always" if section and part.get("prepend_scheme") == "always" else "never"}
+    if section:
+        return part
+    if part["type"] == "Prepend":
+        return None
     return {**part, "add_prefix_space": False} if "add_prefix_space" in part else part
 
 
