@@ -23,6 +23,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "windows and caps": {"windows": (5, None), "logit_softcap": 4.0, "attention_softcap": 8.0, "qk_norm": "after_rope"},
 }
 
+LOW_FRACTION = {"experts": 0.3} | dict.fromkeys(MODELS.keys() - {"experts"}, 0.08)
+"""How far bfloat16's gradients may be from float32's; a token that the router sends elsewhere moves experts' more."""
+
 
 def gradients(
     made: Transformer, batches: list[Batch], *, recompute: bool = False
@@ -142,6 +145,27 @@ def test_packed_is_unpacked_with_experts() -> None:
     loss_apart, _, unpacked = gradients(made, apart(batch))
     assert loss == pytest.approx(loss_apart, rel=1e-6)
     close(packed, unpacked)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_bfloat16_sees_the_same_documents(case: str) -> None:
+    """The products and fused operations of bfloat16 are others than float32's; what they compute must not be: the
+    gradients of packed rows, and of each document alone, are those of the same weights in float32, to rounding."""
+    shape = {"width": 64, "heads": 4, "mlp_width": 96, "context_tokens": 160, **MODELS[case]}
+    low, exact = little.model(**shape), little.model(**shape)
+    low.to(torch.bfloat16)
+    exact.load_state_dict({name: value.float() for name, value in low.state_dict().items()})
+    batch = little.Rows(tokens=150).batch(0)
+    wanted_loss, weight, wanted = gradients(exact, [batch])
+    for batches in ([batch], apart(batch)):
+        loss, same_weight, found = gradients(low, batches)
+        assert loss == pytest.approx(wanted_loss, rel=1e-2)
+        assert same_weight == pytest.approx(weight)
+        assert found.keys() == wanted.keys()
+        whole = max(float(value.norm()) for value in wanted.values())
+        for name, value in wanted.items():  # a key's bias has no gradient: it is the same for all keys
+            apart_by = float((found[name].float() - value).norm()) / max(float(value.norm()), 0.01 * whole)
+            assert apart_by < LOW_FRACTION[case], (name, apart_by)
 
 
 def test_the_balance_loss_is_there_and_leaves_padding_out() -> None:
