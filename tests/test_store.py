@@ -58,6 +58,26 @@ def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> N
     assert path.read_bytes() == b"old" and names(tmp_path) == ["file"]
 
 
+def test_what_is_renamed_was_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def flushed(handle: int) -> None:
+        done.append("flush")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", lambda one, other: (done.append("rename"), replace(one, other)))
+    monkeypatch.setattr(os, "rename", lambda one, other: (done.append("rename"), rename(one, other)))
+    write_text(tmp_path / "file", "x")
+    assert done == ["flush", "rename", "flush"]  # the file, then its folder's list of names
+    done.clear()
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+        (folder / "b").write_text("2")
+    assert done == ["flush"] * 3 + ["rename", "flush"]
+
+
 def test_text_modes(tmp_path: Path) -> None:
     with atomic_file(tmp_path / "file", "w") as handle:
         handle.write("中")
