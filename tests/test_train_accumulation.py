@@ -18,6 +18,7 @@ from ratoon.train.loss import Inputs, next_token
 CPU = torch.device("cpu")
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {},
+    "windows": {"windows": (9, None), "rope_local_theta": 300.0, "qk_norm": "before_rope"},
     "experts": {"moe": little.EXPERTS},
     "learned positions": {"positions": "learned", "norm": "layer", "mlp": "gelu", "qkv_bias": True, "kv_heads": None},
     "windows and caps": {"windows": (5, None), "logit_softcap": 4.0, "attention_softcap": 8.0, "qk_norm": "after_rope"},
@@ -126,7 +127,7 @@ def apart(batch: Batch) -> list[Batch]:
     return rows
 
 
-@pytest.mark.parametrize("case", ["dense", "learned positions", "windows and caps"])
+@pytest.mark.parametrize("case", sorted(MODELS.keys() - {"experts"}))
 def test_packed_is_unpacked(case: str) -> None:
     made = little.model(**MODELS[case])
     batch = little.Rows().batch(0)
