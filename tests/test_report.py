@@ -271,7 +271,7 @@ def test_the_parts_are_there(tmp_path: Path) -> None:
     for fact in ("AMD EPYC 9R14", "16.5 GB", "2.13.0+cpu", "nanochat, 6 layers, 256 wide, 4 heads"):
         assert fact in found.text("machine")
     labels = [box["aria-label"] for box in found.of("div") if box.get("role") == "img"]
-    assert len(labels) == 6, "five curves, the loss in two shapes"
+    assert len(labels) == 10, "five curves, each for wide and narrow windows"
     for title in ("Loss", "Learning rate", "Throughput", "Memory of the process", "Gradient norm"):
         assert any(label.startswith(f"{title} by step: from ") for label in labels)
     assert "best held-out: 3.1547 at step 420" in found.text("curves")

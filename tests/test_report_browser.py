@@ -150,11 +150,11 @@ def test_it_renders_without_a_complaint_and_asks_for_nothing(browser: Browser, t
     for section in SECTIONS:
         box = browser.run(f"(b => [b.width, b.height])(document.getElementById('{section}').getBoundingClientRect())")
         assert box[0] > 600 and box[1] > 60, section
-    assert browser.run("document.querySelectorAll('.picture svg').length") == 6
+    assert browser.run("document.querySelectorAll('.picture svg').length") == 10
     drawn = browser.run(
         "[...document.querySelectorAll('.picture svg')].filter(s => s.getBoundingClientRect().height > 150).length"
     )
-    assert drawn == 5, "the narrow form of the loss waits for a narrow window"
+    assert drawn == 5, "the narrow forms wait for a narrow window"
     for prompt in PROMPTS:
         assert browser.run(f"document.body.innerText.includes({json.dumps(prompt)})")
     assert browser.complaints() == [] and browser.requests() == [page.resolve().as_uri()]
@@ -183,10 +183,13 @@ def test_it_fits_a_narrow_window(browser: Browser, tmp_path: Path, width: int, l
     run = cut(make_run(tmp_path, status="interrupted", reason="stopped " + "verylongword" * 20), 200)
     browser.open(write_page(run, language=language), width=width)
     assert browser.run("document.documentElement.scrollWidth") <= width
-    loss = browser.run(
-        "[...document.querySelectorAll('.plot.loss svg')].map(s => s.getBoundingClientRect().height > 0)"
+    drawn = browser.run("[...document.querySelectorAll('.plot svg')].map(s => s.getBoundingClientRect().height > 0)")
+    assert drawn == ([False, True] if width < 700 else [True, False]) * 5
+    letters = browser.run(
+        "Math.min(...[...document.querySelectorAll('.plot svg text')].map(t => t.getBoundingClientRect().height)"
+        ".filter(h => h))"
     )
-    assert loss == ([False, True] if width < 700 else [True, False])
+    assert letters > 9, "pixels: the numbers at the axes can be read"
 
 
 CONTRAST = """

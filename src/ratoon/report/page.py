@@ -21,7 +21,10 @@ from ratoon.store.atomic import write_bytes
 from ratoon.store.runs import Run
 
 TEMPLATES = Path(__file__).parent / "templates"
-WIDE, NARROW, SMALL = (1040, 360), (400, 300), (510, 230)
+SHAPES = {"loss": ((1040, 360), (345, 270))}
+SMALL_SHAPES = ((510, 230), (345, 190))
+"""Width and height of a picture in a wide window and in a narrow one: about the pixels it will have, so that the
+numbers at its axes are as large as they are drawn."""
 PICTURES = {number: 0x2400 + number for number in range(32) if chr(number) not in "\t\n"} | {127: 0x2421}
 
 
@@ -155,8 +158,8 @@ def _picture(curve: _Curve, records: Records, say: Any) -> dict[str, Any]:
             mark_text="" if best is None else f"{best.loss:.3f}",
         )
 
-    shapes = {"wide": WIDE, "narrow": NARROW} if curve.name == "loss" else {"small": SMALL}
-    pictures = {shape: plots.draw(layers, frame(*wh), key=f"{curve.name}-{shape}") for shape, wh in shapes.items()}
+    shapes = zip(("wide", "narrow"), SHAPES.get(curve.name, SMALL_SHAPES), strict=True)
+    pictures = {shape: plots.draw(layers, frame(*wh), key=f"{curve.name}-{shape}") for shape, wh in shapes}
     x, y = (curve.x, curve.y) if len(curve.x) else (curve.held_x, curve.held_y)
     label = say(
         "curve_label",
