@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,26 @@ def test_without_a_tokenizer_or_a_manifest(own_folder: Path, capsys: pytest.Capt
 
 def test_a_missing_model_is_refused_as_everywhere(own_folder: Path) -> None:
     assert ratoon(["verify", "nowhere"]) == 2
+
+
+def test_without_transformers_it_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
+    found = checks(capsys, folder, 0)["transformers"]
+    assert found["passed"] is None
+    assert found["note"] == "not checked: the package transformers is not installed"
+
+
+def test_without_room_for_a_copy_it_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    found = checks(capsys, folder, 0)
+    assert found["saved"]["passed"] is None and "are free" in found["saved"]["note"]
+    assert found["transformers"]["passed"] is None
 
 
 # -- seen failing ------------------------------------------------------------------------------------------------------
