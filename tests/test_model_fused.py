@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ratoon.model import fused
 from ratoon.model.config import ModelConfig
@@ -167,9 +168,11 @@ def test_operations_pass_torchs_own_checks() -> None:
     qkv = torch.randn(2, 20, 3 * 32).bfloat16().requires_grad_()
     rest = (None, None, None, None, 1, 1, 0.2, -1.0, 0)
     torch.library.opcheck(torch.ops.ratoon.attention, (qkv, *rest), test_utils=("test_schema", "test_faketensor"))
-    table = torch.randn(9, 32).bfloat16().requires_grad_()
     ids = torch.randint(0, 9, (2, 5))
-    torch.library.opcheck(torch.ops.ratoon.embedding, (ids, table), test_utils=("test_schema", "test_faketensor"))
+    gradient = torch.randn(2, 5, 32).bfloat16()
+    torch.library.opcheck(
+        torch.ops.ratoon.embedding_backward, (gradient, ids, 9), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,3 +199,41 @@ def test_float32_goes_the_plain_way() -> None:
 def test_runs_of_documents() -> None:
     document = torch.tensor([[0, 0, 1, 1, 1, -1], [3, 3, 3, 3, 3, 3]])
     assert fused.run_starts(document).tolist() == [[0, 0, 2, 2, 2, 5], [0] * 6]
+
+
+@needs_code
+@pytest.mark.parametrize("vocab", [7, 16, 65, 4096])
+def test_the_cross_entropy_is_that_of_torch(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    scores = (3 * torch.randn(40, vocab, generator=generator)).bfloat16()
+    targets = torch.randint(0, vocab, (40,), generator=generator)
+    weight = torch.rand(40, generator=generator) * (torch.rand(40, generator=generator) < 0.7)
+    targets[weight == 0] = -1  # not read
+    exact = scores.double().requires_grad_()
+    kept = weight > 0
+    summed = (F.cross_entropy(exact[kept], targets[kept], reduction="none") * weight[kept]).sum()
+    summed.backward()
+    loss = float(summed.detach())
+    assert exact.grad is not None
+    untouched = scores.clone()
+    assert fused.cross_entropy_(untouched, targets, weight, gradient=False) == pytest.approx(loss, rel=1e-5)
+    assert torch.equal(untouched, scores)
+    assert fused.cross_entropy_(scores, targets, weight, gradient=True) == pytest.approx(loss, rel=1e-5)
+    assert (scores.double() - exact.grad).abs().max() < 0.004
+    assert (scores[~kept] == 0).all()
+
+
+@needs_code
+def test_a_target_outside_the_vocabulary_is_refused() -> None:
+    scores = torch.zeros(3, 20).bfloat16()
+    for wrong in (-1, 20):
+        with pytest.raises(IndexError, match="20 tokens"):
+            fused.cross_entropy_(scores, torch.tensor([1, wrong, 2]), torch.ones(3), gradient=True)
+
+
+@needs_code
+def test_a_score_that_is_not_finite_gives_a_loss_that_is_not() -> None:
+    for bad in (float("nan"), float("inf")):
+        scores = torch.zeros(2, 20).bfloat16()
+        scores[1, 5] = bad
+        assert not fused.cross_entropy_(scores, torch.tensor([1, 2]), torch.ones(2), gradient=False).isfinite()

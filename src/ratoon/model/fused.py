@@ -1,6 +1,6 @@
-"""Attention and the embedding's gradient in C, as operations that torch can differentiate and compile around.
+"""Attention, the embedding's gradient and the cross entropy in C, for torch to differentiate and compile around.
 
-Decides when `attention.c` may stand for the plain product of `attention.py`: bfloat16 on a CPU that multiplies it
+Decides when `fused.c` may stand for the plain product of `attention.py`: bfloat16 on a CPU that multiplies it
 (AVX512-BF16), no cache, causal, and sizes that fill its registers. Everything else, and every machine without a C
 compiler, goes the plain way; a test holds the two equal.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ratoon.model.config import ModelConfig
 from ratoon.model.native import Unavailable, library, processor_flags
@@ -32,7 +33,7 @@ class _Call(ctypes.Structure):
 
 
 def _code() -> ctypes.CDLL:
-    return library(Path(__file__).with_name("attention.c"), "-fopenmp")
+    return library(Path(__file__).with_name("fused.c"), "-fopenmp")
 
 
 def missing() -> str | None:
@@ -66,7 +67,7 @@ def runs_on(x: Tensor) -> bool:
 
 def fits(cfg: ModelConfig, x_BTD: Tensor) -> bool:
     """Whether the C code expresses the attention of such a model on such a stream."""
-    fitting = cfg.causal and cfg.attention_softcap is None and cfg.channels % 16 == 0
+    fitting = cfg.causal and cfg.attention_softcap is None and cfg.channels % 16 == 0 and cfg.channels <= 256
     return fitting and x_BTD.shape[1] > 1 and runs_on(x_BTD)
 
 
@@ -113,8 +114,39 @@ def attend(
 
 def embed(ids_BT: Tensor, table_VD: Tensor) -> Tensor:
     """The vectors of tokens (B, T, D). Its gradient is summed in float32, in the order of the tokens."""
-    found: Tensor = torch.ops.ratoon.embedding(ids_BT, table_VD)
+    found: Tensor = _Embedding.apply(ids_BT, table_VD)  # type: ignore[no-untyped-call]
     return found
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.vocab = table.shape[0]
+        return F.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx: Any, *d_out: Tensor) -> tuple[None, Tensor]:
+        return None, torch.ops.ratoon.embedding_backward(d_out[0], ctx.saved_tensors[0], ctx.vocab)
+
+
+def cross_entropy_(scores_NV: Tensor, targets_N: Tensor, weight_N: Tensor, *, gradient: bool) -> Tensor:
+    """Σ -w log softmax(scores)[target] as a float32 scalar; with `gradient` the scores become its gradient, in place.
+
+    Targets of weight 0 are not read. Raises IndexError for one outside the vocabulary.
+    """
+    assert runs_on(scores_NV) and scores_NV.is_contiguous()
+    targets_N, weight_N = targets_N.contiguous(), weight_N.contiguous()
+    loss_N = torch.empty(len(scores_NV), dtype=torch.float32)
+    failed = _code().ratoon_cross_entropy(
+        *(ctypes.c_void_p(x.data_ptr()) for x in (scores_NV, targets_N, weight_N, loss_N)),
+        *(ctypes.c_int64(n) for n in (*scores_NV.shape, int(gradient), torch.get_num_threads())),
+    )
+    if failed == 2:
+        raise IndexError(f"a target is outside the vocabulary of {scores_NV.shape[1]} tokens")
+    if failed:
+        raise MemoryError("no memory for a row of scores")
+    return loss_N.sum(dtype=torch.float64).float()
 
 
 # -- the operations --------------------------------------------------------------------------------------------------
@@ -127,7 +159,6 @@ _SHARED = (
 )
 _lib.define(f"attention(Tensor qkv, {_SHARED}) -> (Tensor, Tensor)")
 _lib.define(f"attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, {_SHARED}) -> Tensor")
-_lib.define("embedding(Tensor ids, Tensor table) -> Tensor")
 _lib.define("embedding_backward(Tensor d_out, Tensor ids, int vocab) -> Tensor")
 
 
@@ -167,10 +198,6 @@ def _attention_backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *r
     return d_qkv
 
 
-def _embedding(ids: Tensor, table: Tensor) -> Tensor:
-    return table.index_select(0, ids.reshape(-1)).view(*ids.shape, table.shape[1])
-
-
 def _embedding_backward(d_out: Tensor, ids: Tensor, vocab: int) -> Tensor:
     width = d_out.shape[-1]
     d_out, ids = d_out.contiguous(), ids.contiguous()
@@ -192,10 +219,6 @@ def _attention_backward_fake(d_out: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
-def _embedding_fake(ids: Tensor, table: Tensor) -> Tensor:
-    return table.new_empty(*ids.shape, table.shape[1])
-
-
 def _embedding_backward_fake(d_out: Tensor, ids: Tensor, vocab: int) -> Tensor:
     return d_out.new_empty(vocab, d_out.shape[-1])
 
@@ -210,22 +233,11 @@ def _attention_gradient(ctx: Any, d_out: Tensor, d_lse: Tensor | None) -> tuple[
     return torch.ops.ratoon.attention_backward(d_out, qkv, out, lse, *tables, *ctx.rest), *([None] * 9)
 
 
-def _keep_embedding(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0])
-    ctx.vocab = inputs[1].shape[0]
-
-
-def _embedding_gradient(ctx: Any, d_out: Tensor) -> tuple[None, Tensor]:
-    return None, torch.ops.ratoon.embedding_backward(d_out, ctx.saved_tensors[0], ctx.vocab)
-
-
 for _name, _run, _shape in (
     ("attention", _attention, _attention_fake),
     ("attention_backward", _attention_backward, _attention_backward_fake),
-    ("embedding", _embedding, _embedding_fake),
     ("embedding_backward", _embedding_backward, _embedding_backward_fake),
 ):
     _lib.impl(_name, _run, "CPU")
     _library.register_fake(f"ratoon::{_name}", _shape, lib=_lib)
 _library.register_autograd("ratoon::attention", _attention_gradient, setup_context=_keep_attention, lib=_lib)
-_library.register_autograd("ratoon::embedding", _embedding_gradient, setup_context=_keep_embedding, lib=_lib)

@@ -214,7 +214,7 @@ class _Session:
                 loss, weight = self.objective(self.model, inputs)
             (loss * self.scale if self.scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
             self.weights.collect()
-            totals += torch.stack([loss.detach().double(), weight.double(), weight.new_tensor(part.valid_tokens)])
+            totals += torch.stack([loss.detach(), weight, weight.new_tensor(part.valid_tokens)])
         self.world.add_up(totals)
         loss_sum, weight_sum, positions = totals.tolist()
         if not math.isfinite(loss_sum):
@@ -227,8 +227,8 @@ class _Session:
                 fix="look at the rows' masks with the data's ledger",
             )
         self.world.add_up(self.weights.summed)
-        self.weights.summed *= 1.0 / (weight_sum * self.scale)
-        norm = float(torch.linalg.vector_norm(self.weights.summed))
+        factor = 1.0 / (weight_sum * self.scale)
+        norm = self.weights.norm() * factor
         if not math.isfinite(norm):
             if self.place.autocast != torch.float16 or self.scale <= self.lowest_scale:
                 raise self._not_finite("gradient norm", norm, batch)
@@ -239,9 +239,8 @@ class _Session:
             return loss_sum / weight_sum, norm, positions
         clip = self.settings.clip_norm
         if clip is not None and norm > clip:
-            self.weights.summed *= clip / norm
-        self.optimizer.step(learning_share)
-        self.weights.clear()
+            factor *= clip / norm
+        self.optimizer.step(learning_share, factor)
         if self.place.autocast == torch.float16:
             self.good_steps += 1
             if self.good_steps % 2000 == 0:
@@ -260,7 +259,7 @@ class _Session:
                     loss, _ = self.objective(self.model, Inputs.of(row, self.place.device))
                 if loss.requires_grad:
                     loss.backward()  # type: ignore[no-untyped-call]
-                if not (loss.isfinite() and self.weights.gradient.isfinite().all()):
+                if not (loss.isfinite() and all(one.isfinite().all() for one in self.weights.gradients())):
                     guilty.append(name)
         self.weights.clear()
         guilty, everything = self.world.gather(guilty), self.world.gather(list(names))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ratoon.data.batch import Batch
+from ratoon.model import fused
 from ratoon.model.likelihood import CHUNK_NUMBERS
 from ratoon.model.transformer import Transformer, balance_loss
 
@@ -73,8 +74,6 @@ def cross_entropy(model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor, we
     if learned < weight_N.numel() * 0.9:  # prompts, padding: their scores are not needed at all
         index = weight_N.nonzero()[:, 0]
         hidden_ND, targets_N, weight_N = hidden_ND[index], targets_N[index], weight_N[index]
-    else:
-        targets_N = targets_N.where(weight_N != 0, 0)
     head_VD = model.head_weight()
     if torch.is_autocast_enabled(hidden_ND.device.type):
         low = torch.get_autocast_dtype(hidden_ND.device.type)
@@ -102,30 +101,30 @@ class _CrossEntropy(torch.autograd.Function):
         N, V = hidden_ND.shape[0], head_VD.shape[0]
         needs = [hidden_ND.requires_grad, head_VD.requires_grad, bias_V is not None and bias_V.requires_grad]
         wide = torch.float32 if hidden_ND.dtype == torch.float16 else hidden_ND.dtype
+        in_c = softcap is None and bias_V is None and head_VD.dtype == hidden_ND.dtype and fused.runs_on(hidden_ND)
+        score = _score_in_c if in_c else _score
         d_hidden = torch.empty(hidden_ND.shape, dtype=wide, device=hidden_ND.device) if needs[0] else None
-        d_head = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device) if needs[1] else None
+        d_head: Tensor | None = None
         d_bias = torch.zeros(V, dtype=torch.float32, device=head_VD.device) if needs[2] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         rows = max(1, CHUNK_NUMBERS // V)
         for start in range(0, N, rows):
             part = slice(start, min(start + rows, N))
-            h_ND, t_N1, w_N1 = hidden_ND[part], targets_N[part, None], weight_N[part, None]
-            raw_NV = F.linear(h_ND, head_VD, bias_V).float()
-            scores_NV = raw_NV if softcap is None else softcap * torch.tanh(raw_NV / softcap)
-            log_NV = torch.log_softmax(scores_NV, dim=-1)
-            total -= (log_NV.gather(1, t_N1) * w_N1).sum()
-            if not any(needs):
+            h_ND = hidden_ND[part]
+            loss, d_NV = score(h_ND, head_VD, bias_V, targets_N[part], weight_N[part], softcap, any(needs))
+            total += loss
+            if d_NV is None:
                 continue
-            d_NV = log_NV.exp_().scatter_add_(1, t_N1, torch.full_like(t_N1, -1, dtype=torch.float32)).mul_(w_N1)
-            if softcap is not None:
-                d_NV = d_NV * (1 - (scores_NV / softcap) ** 2)
             if d_bias is not None:
                 d_bias += d_NV.sum(0)
             d_low_NV = d_NV.to(wide)
             if d_hidden is not None:
                 torch.mm(d_low_NV, head_VD.to(wide), out=d_hidden[part])
-            if d_head is not None:
-                d_head += torch.mm(d_low_NV.t(), h_ND.to(wide))
+            if needs[1]:
+                more = torch.mm(d_low_NV.t(), h_ND.to(wide))
+                d_head = more if rows >= N else more.float() if d_head is None else d_head.add_(more)
+        if needs[1] and d_head is None:  # nothing to learn: no chunk at all
+            d_head = torch.zeros_like(head_VD)
         ctx.save_for_backward(d_hidden, d_head, d_bias)
         ctx.dtypes = hidden_ND.dtype, head_VD.dtype, None if bias_V is None else bias_V.dtype
         return total
@@ -133,7 +132,43 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [
-            None if d is None else (d * upstream[0]).to(dtype)
+            None if d is None else d.mul_(upstream[0]).to(dtype)
             for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*gradients, None, None, None)
+
+
+def _score(
+    h_ND: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    weight_N: Tensor,
+    softcap: float | None,
+    gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The summed loss of some rows and, if asked for, the gradient of their scores (N, V) in float32."""
+    t_N1, w_N1 = targets_N.where(weight_N != 0, 0)[:, None], weight_N[:, None]
+    raw_NV = F.linear(h_ND, head_VD, bias_V).float()
+    scores_NV = raw_NV if softcap is None else softcap * torch.tanh(raw_NV / softcap)
+    log_NV = torch.log_softmax(scores_NV, dim=-1)
+    loss = -(log_NV.gather(1, t_N1) * w_N1).sum()
+    if not gradient:
+        return loss, None
+    d_NV = log_NV.exp_().scatter_add_(1, t_N1, torch.full_like(t_N1, -1, dtype=torch.float32)).mul_(w_N1)
+    return loss, d_NV if softcap is None else d_NV * (1 - (scores_NV / softcap) ** 2)
+
+
+def _score_in_c(
+    h_ND: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    weight_N: Tensor,
+    softcap: float | None,
+    gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As `_score`, in one pass over bfloat16 scores."""
+    scores_NV = F.linear(h_ND, head_VD)
+    loss = fused.cross_entropy_(scores_NV, targets_N, weight_N, gradient=gradient)
+    return loss, scores_NV if gradient else None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ratoon.model.transformer import Embedding, Experts, Linear
+from ratoon.train import update
 from ratoon.train.settings import TrainSettings
 from ratoon.train.weights import FlatWeights
 
@@ -63,58 +64,78 @@ class Optimizer:
                 self.by_shape[(slot.shape[-2], slot.shape[-1])].append(name)
 
     @torch.no_grad()
-    def step(self, share: float) -> None:
-        """One update; `share` is the schedule's share of the peak learning rates."""
-        settings, weights = self.settings, self.weights
+    def step(self, share: float, factor: float = 1.0) -> None:
+        """One update by the summed gradient times `factor`, which is then forgotten; `share` is the schedule's share
+        of the peak learning rates."""
         self.step_number += 1
         for group in (DECAYED, PLAIN):
-            start, stop = weights.bounds[group]
-            if start == stop:
-                continue
-            fused = {"grad_scale": None, "found_inf": None}
-            torch._fused_adamw_(
-                [weights.master[start:stop]],
-                [weights.summed[start:stop]],
-                [self.mean[group]],
-                [self.square[group]],
-                [],
-                [self.step_number.to(weights.master.device)],
-                lr=settings.learning_rate * share,
+            start, stop = self.weights.bounds[group]
+            if start < stop:
+                self._adamw(group, start, stop, share, factor)
+        if self.by_shape:
+            self._muon(share, factor)
+
+    def _adamw(self, group: str, start: int, stop: int, share: float, factor: float) -> None:
+        settings, weights = self.settings, self.weights
+        gradient, master = weights.summed[start:stop], weights.master[start:stop]
+        rate = settings.learning_rate * share
+        decay = settings.weight_decay if group == DECAYED else 0.0
+        if update.usable(master) and weights.work.dtype in (torch.bfloat16, torch.float32):
+            update.adamw(
+                master,
+                gradient,
+                self.mean[group],
+                self.square[group],
+                weights.work[start:stop] if weights.work.dtype == torch.bfloat16 else None,
+                rate=rate,
                 beta1=settings.beta1,
                 beta2=settings.beta2,
-                weight_decay=settings.weight_decay if group == DECAYED else 0.0,
-                eps=settings.epsilon,
-                amsgrad=False,
-                maximize=False,
-                **fused,
+                epsilon=settings.epsilon,
+                decay=decay,
+                step=float(self.step_number),
+                factor=factor,
             )
-        if self.by_shape:
-            self._muon(share)
-        weights.publish()
+            return
+        gradient *= factor
+        torch._fused_adamw_(
+            [master],
+            [gradient],
+            [self.mean[group]],
+            [self.square[group]],
+            [],
+            [self.step_number.to(master.device)],
+            lr=rate,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            weight_decay=decay,
+            eps=settings.epsilon,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=None,
+            found_inf=None,
+        )
+        gradient.zero_()
+        weights.publish(start, stop)
 
-    def _muon(self, share: float) -> None:
+    def _muon(self, share: float, factor: float) -> None:
         settings, weights = self.settings, self.weights
         start, stop = weights.bounds[MATRIX]
         gradient = weights.summed[start:stop]
+        gradient *= factor
         self.momentum.lerp_(gradient, 1 - settings.momentum)
-        direction = gradient.lerp(self.momentum, settings.momentum)  # Nesterov
+        direction = gradient.lerp_(self.momentum, settings.momentum)  # Nesterov
         rate = settings.matrix_learning_rate * share
         weights.master[start:stop] *= 1 - rate * settings.weight_decay
         for (rows, columns), names in self.by_shape.items():
-            stack = torch.cat(
-                [
-                    direction[weights.slots[name].start - start : weights.slots[name].stop - start].view(
-                        -1, rows, columns
-                    )
-                    for name in names
-                ]
-            )
-            update = orthogonalize(stack.to(self.product)).float() * max(1.0, rows / columns) ** 0.5
-            offset = 0
-            for name in names:
-                target = weights.view(weights.master, name).view(-1, rows, columns)
-                target.sub_(update[offset : offset + len(target)], alpha=rate)
-                offset += len(target)
+            slots = [weights.slots[name] for name in names]
+            stack = torch.cat([direction[s.start - start : s.stop - start].view(-1, rows, columns) for s in slots])
+            moved = orthogonalize(stack.to(self.product))
+            targets = [weights.view(weights.master, name).view(-1, rows, columns) for name in names]
+            parts = torch.split(moved, [len(target) for target in targets])
+            for target, part in zip(targets, parts, strict=True):
+                target.add_(part, alpha=-rate * max(1.0, rows / columns) ** 0.5)
+        gradient.zero_()
+        weights.publish(start, stop)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that decides the next updates, by name."""
@@ -138,13 +159,12 @@ def orthogonalize(stack: Tensor, iterations: int = 5) -> Tensor:
     Newton-Schulz in the quintic form with Muon's coefficients (Jordan et al. 2024): singular values end between about
     0.7 and 1.2.
     """
-    x = stack
+    x = stack.reshape(-1, *stack.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
-    orthogonal: Tensor = x.mT if tall else x
-    return orthogonal
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).reshape(stack.shape)

@@ -1,17 +1,19 @@
 """Trained weights as flat buffers: what the model computes with, and the float32 master the optimizer moves.
 
-All trained parameters lie side by side in one buffer (each parameter is a view of it), and so do their gradients.
+All trained parameters lie side by side in one buffer (each parameter is a view of it), and so does their gradient.
 Scaling, clipping, summing over processes, the optimizer's update and the cast back are then a handful of
 operations on long vectors, whatever the number of parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from ratoon.train import update
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,9 @@ class Slot:
 class FlatWeights:
     """Parameters of some groups, in the groups' order.
 
-    `work` holds what the model computes with (`dtype`), `gradient` its gradient (same type), `master` the float32
-    values the optimizer moves (the same memory as `work` where that is float32), `summed` the float32 gradient of a
-    whole step.
+    `work` holds what the model computes with (`dtype`), `master` the float32 values the optimizer moves (the same
+    memory as `work` where that is float32), `summed` the float32 gradient of a whole step. Where the model computes in
+    float32 its gradients are views of `summed`, added up by autograd itself; else `collect` adds them up.
     """
 
     def __init__(self, groups: Mapping[str, Iterable[tuple[str, nn.Parameter]]], dtype: torch.dtype) -> None:
@@ -54,29 +56,52 @@ class FlatWeights:
             self.master[slot.start : slot.stop] = parameter.detach().flatten().float()
         separate = dtype != torch.float32
         self.work = self.master.to(dtype) if separate else self.master
-        self.gradient = torch.zeros_like(self.work)
-        self.summed = torch.zeros_like(self.master) if separate else self.gradient
+        self.summed = torch.zeros_like(self.master)
         for parameter, slot in zip(found, self.slots.values(), strict=True):
             parameter.data = self.work[slot.start : slot.stop].view(slot.shape)
-            parameter.grad = self.gradient[slot.start : slot.stop].view(slot.shape)
+            parameter.grad = None if separate else self.summed[slot.start : slot.stop].view(slot.shape)
         self.parameters = found
 
     def collect(self) -> None:
-        """Add the gradient of a micro-batch to the step's sum, in float32."""
-        if self.summed is not self.gradient:
-            self.summed += self.gradient
-            self.gradient.zero_()
+        """Add the gradient of a micro-batch to the step's sum, in float32, and drop it."""
+        if self.work is self.master:
+            return
+        found = [
+            (parameter.grad, slot.start)
+            for parameter, slot in zip(self.parameters, self.slots.values(), strict=True)
+            if parameter.grad is not None
+        ]
+        if update.usable(self.summed) and self.work.dtype == torch.bfloat16:
+            update.collect([gradient.contiguous() for gradient, _ in found], [start for _, start in found], self.summed)
+        else:
+            parts = [self.summed[start : start + gradient.numel()] for gradient, start in found]
+            torch._foreach_add_(parts, [gradient.flatten() for gradient, _ in found])
+        self._drop()
+
+    def norm(self) -> float:
+        """The length of the step's gradient."""
+        if update.usable(self.summed):
+            return update.norm(self.summed)
+        return float(torch.linalg.vector_norm(self.summed))
+
+    def gradients(self) -> Iterator[Tensor]:
+        """The gradients of a micro-batch that was not collected."""
+        return (parameter.grad for parameter in self.parameters if parameter.grad is not None)
 
     def clear(self) -> None:
         """Forget the step's gradient."""
         self.summed.zero_()
-        if self.gradient is not self.summed:
-            self.gradient.zero_()
+        self._drop()
 
-    def publish(self) -> None:
-        """Round the master into what the model computes with."""
+    def _drop(self) -> None:
         if self.work is not self.master:
-            self.work.copy_(self.master)
+            for parameter in self.parameters:
+                parameter.grad = None
+
+    def publish(self, start: int = 0, stop: int | None = None) -> None:
+        """Round the master, or a part of it, into what the model computes with."""
+        if self.work is not self.master:
+            self.work[start:stop].copy_(self.master[start:stop])
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
         """The part of a flat buffer that belongs to the parameter `name`, in its shape."""

@@ -1,4 +1,5 @@
-/* Training's attention for bfloat16 on the CPU, forward and backward: rotation and norm of queries and keys, causal
+/* What training spends its time on beside the matrix products, for bfloat16 on the CPU: attention, forward and backward,
+ * the gradient of the embedding, and the cross entropy. Attention is rotation and norm of queries and keys, causal
  * products within documents, softmax, values; nothing of the size of tokens x tokens is kept or written to memory.
  *
  * The same arithmetic as model/attention.py and model/rotary.py, with float sums; a test compares the two. Queries,
@@ -18,7 +19,7 @@
 typedef uint16_t bf16;
 typedef uint32_t pair; /* two bfloat16 */
 #define INLINE static inline __attribute__((always_inline))
-enum { QB = 64, STEP = 16 };
+enum { QB = 64, STEP = 16, MOST = 256, AHEAD = 12 }; /* MOST: channels of a head */
 
 typedef struct {
     int64_t threads, rows, tokens, heads, kv_heads, channels, window, rotating;
@@ -94,6 +95,7 @@ static void product(int64_t m, int64_t n, const pair *a, int64_t row_step, int64
     for (; j + 64 <= n; j += 64) {
         int64_t i = 0;
         ROWS(6, 4);
+        ROWS(4, 4);
         ROWS(2, 4);
         ROWS(1, 4);
     }
@@ -163,62 +165,85 @@ static void pair_rows(const bf16 *rows, int64_t n, int64_t C, pair *to) {
 
 /* -- queries and keys: turned, then normed ------------------------------------------------------------------------- */
 
-INLINE void turned(const Call *s, const bf16 *x, int64_t place, float *y) {
-    const int64_t C = s->channels, r = s->rotating;
-    for (int64_t c = 0; c < r; c += 16) {
-        __m512 a = widen(x + c), b = widen(x + r + c);
-        __m512 cos = _mm512_loadu_ps(s->cos + place * r + c), sin = _mm512_loadu_ps(s->sin + place * r + c);
-        _mm512_storeu_ps(y + c, _mm512_fmsub_ps(a, cos, _mm512_mul_ps(b, sin)));
-        _mm512_storeu_ps(y + r + c, _mm512_fmadd_ps(b, cos, _mm512_mul_ps(a, sin)));
-    }
-    for (int64_t c = 2 * r; c < C; c += 16) _mm512_storeu_ps(y + c, widen(x + c));
+/* Lines of heads lie far apart in memory, where the processor's own prefetcher does not look. */
+INLINE void fetch(const bf16 *line, int64_t C) {
+    for (int64_t c = 0; c < C; c += 32) _mm_prefetch((const char *)(line + c), _MM_HINT_T0);
 }
 
-INLINE float inverse_root(const Call *s, const float *y) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t c = 0; c < s->channels; c += 16) {
-        __m512 v = _mm512_loadu_ps(y + c);
-        sum = _mm512_fmadd_ps(v, v, sum);
+INLINE void turned(const int64_t C, const int64_t r, const bf16 *x, const float *cos, const float *sin, __m512 *y) {
+    for (int64_t i = 0; i < r / 16; i++) {
+        const __m512 a = widen(x + 16 * i), b = widen(x + r + 16 * i);
+        const __m512 c = _mm512_loadu_ps(cos + 16 * i), s = _mm512_loadu_ps(sin + 16 * i);
+        y[i] = _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s));
+        y[i + r / 16] = _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s));
     }
-    return 1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)s->channels + (float)s->eps);
+    for (int64_t i = 2 * r / 16; i < C / 16; i++) y[i] = widen(x + 16 * i);
+}
+
+INLINE float inverse_root(const int64_t C, const __m512 *y, float eps) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < C / 16; i++) sum = _mm512_fmadd_ps(y[i], y[i], sum);
+    return 1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)C + eps);
+}
+
+INLINE void placed_as(const int64_t C, const int64_t r, const Call *s, int64_t row, const bf16 *x, int64_t step,
+                      bf16 *to) {
+    const float eps = (float)s->eps;
+    __m512 y[MOST / 16];
+    for (int64_t t = 0; t < s->tokens; t++) {
+        const int64_t place = s->position ? s->position[row * s->tokens + t] : t;
+        fetch(x + (t + AHEAD) * step, C);
+        turned(C, r, x + t * step, s->cos + place * r, s->sin + place * r, y);
+        const __m512 by = _mm512_set1_ps(eps < 0 ? 1.0f : inverse_root(C, y, eps));
+        for (int64_t i = 0; i < C / 16; i++) store(to + t * C + 16 * i, _mm512_mul_ps(y[i], by));
+    }
 }
 
 /* One head's vector of each token -> (n, C) for the products; lines of tokens that do not exist stay zero. */
-static void placed(const Call *s, int64_t row, const bf16 *x, int64_t step, bf16 *to, float *y) {
-    const int64_t C = s->channels;
-    for (int64_t t = 0; t < s->tokens; t++) {
-        turned(s, x + t * step, s->position ? s->position[row * s->tokens + t] : t, y);
-        __m512 by = _mm512_set1_ps(s->eps < 0 ? 1.0f : inverse_root(s, y));
-        for (int64_t c = 0; c < C; c += 16) store(to + t * C + c, _mm512_mul_ps(_mm512_loadu_ps(y + c), by));
+static void placed(const Call *s, int64_t row, const bf16 *x, int64_t step, bf16 *to) {
+    const int64_t C = s->channels, r = s->rotating;
+    if (C == 32 && r == 16) placed_as(32, 16, s, row, x, step, to);
+    else if (C == 64 && r == 32) placed_as(64, 32, s, row, x, step, to);
+    else if (C == 128 && r == 64) placed_as(128, 64, s, row, x, step, to);
+    else placed_as(C, r, s, row, x, step, to);
+}
+
+INLINE void unplaced_as(const int64_t C, const int64_t r, const Call *s, int64_t row, int64_t from, int64_t to,
+                        const bf16 *x, int64_t step, const float *d, bf16 *dx) {
+    const float eps = (float)s->eps;
+    __m512 y[MOST / 16], g[MOST / 16];
+    for (int64_t t = from; t < to; t++, d += C) {
+        const int64_t place = s->position ? s->position[row * s->tokens + t] : t;
+        const float *cos = s->cos + place * r, *sin = s->sin + place * r;
+        for (int64_t i = 0; i < C / 16; i++) g[i] = _mm512_loadu_ps(d + 16 * i);
+        if (eps >= 0) { /* n = y / rms(y): dy = (d - n mean(d n)) / rms(y) */
+            turned(C, r, x + t * step, cos, sin, y);
+            const float by = inverse_root(C, y, eps);
+            __m512 dot = _mm512_setzero_ps();
+            for (int64_t i = 0; i < C / 16; i++) dot = _mm512_fmadd_ps(g[i], y[i], dot);
+            const __m512 share = _mm512_set1_ps(_mm512_reduce_add_ps(dot) * by * by / (float)C);
+            for (int64_t i = 0; i < C / 16; i++)
+                g[i] = _mm512_mul_ps(_mm512_set1_ps(by), _mm512_fnmadd_ps(y[i], share, g[i]));
+        }
+        bf16 *out = dx + t * step;
+        for (int64_t i = 0; i < r / 16; i++) {
+            const __m512 a = g[i], b = g[i + r / 16];
+            const __m512 c = _mm512_loadu_ps(cos + 16 * i), n = _mm512_loadu_ps(sin + 16 * i);
+            store(out + 16 * i, _mm512_fmadd_ps(a, c, _mm512_mul_ps(b, n)));
+            store(out + r + 16 * i, _mm512_fmsub_ps(b, c, _mm512_mul_ps(a, n)));
+        }
+        for (int64_t i = 2 * r / 16; i < C / 16; i++) store(out + 16 * i, g[i]);
     }
 }
 
 /* The gradient of the placed vectors (n, C) -> that of the vectors as they came. */
-static void unplaced(const Call *s, int64_t row, int64_t from, int64_t to, const bf16 *x, int64_t step, float *d,
-                     bf16 *dx, float *y) {
+static void unplaced(const Call *s, int64_t row, int64_t from, int64_t to, const bf16 *x, int64_t step, const float *d,
+                     bf16 *dx) {
     const int64_t C = s->channels, r = s->rotating;
-    for (int64_t t = from; t < to; t++, d += C) {
-        int64_t place = s->position ? s->position[row * s->tokens + t] : t;
-        if (s->eps >= 0) { /* n = y / rms(y): dy = (d - n mean(d n)) / rms(y) */
-            turned(s, x + t * step, place, y);
-            float by = inverse_root(s, y);
-            __m512 dot = _mm512_setzero_ps();
-            for (int64_t c = 0; c < C; c += 16)
-                dot = _mm512_fmadd_ps(_mm512_loadu_ps(d + c), _mm512_loadu_ps(y + c), dot);
-            __m512 share = _mm512_set1_ps(_mm512_reduce_add_ps(dot) * by * by / (float)C), root = _mm512_set1_ps(by);
-            for (int64_t c = 0; c < C; c += 16)
-                _mm512_storeu_ps(d + c, _mm512_mul_ps(root, _mm512_fnmadd_ps(_mm512_loadu_ps(y + c), share,
-                                                                             _mm512_loadu_ps(d + c))));
-        }
-        bf16 *out = dx + t * step;
-        for (int64_t c = 0; c < r; c += 16) {
-            __m512 a = _mm512_loadu_ps(d + c), b = _mm512_loadu_ps(d + r + c);
-            __m512 cos = _mm512_loadu_ps(s->cos + place * r + c), sin = _mm512_loadu_ps(s->sin + place * r + c);
-            store(out + c, _mm512_fmadd_ps(a, cos, _mm512_mul_ps(b, sin)));
-            store(out + r + c, _mm512_fmsub_ps(b, cos, _mm512_mul_ps(a, sin)));
-        }
-        for (int64_t c = 2 * r; c < C; c += 16) store(out + c, _mm512_loadu_ps(d + c));
-    }
+    if (C == 32 && r == 16) unplaced_as(32, 16, s, row, from, to, x, step, d, dx);
+    else if (C == 64 && r == 32) unplaced_as(64, 32, s, row, from, to, x, step, d, dx);
+    else if (C == 128 && r == 64) unplaced_as(128, 64, s, row, from, to, x, step, d, dx);
+    else unplaced_as(C, r, s, row, from, to, x, step, d, dx);
 }
 
 /* -- what a query sees ---------------------------------------------------------------------------------------------- */
@@ -252,7 +277,6 @@ typedef struct {
     float *scores, *d_scores, *to, *dk, *dv;   /* (QB, N) twice, (QB, C), (N, C) twice */
     bf16 *flat;                                /* (QB, N): probabilities, or gradients of scores */
     pair *p_pairs, *ds_pairs;                  /* [QB / 2][N] */
-    float *y;
 } Room;
 
 static size_t room(const Call *s, int backward, char *base, Room *r) {
@@ -265,7 +289,6 @@ static size_t room(const Call *s, int backward, char *base, Room *r) {
     TAKE(scores, 4 * QB * N);
     TAKE(to, 4 * QB * C);
     TAKE(flat, 2 * QB * N);
-    TAKE(y, 4 * C);
     if (!backward) {
         TAKE(v_rows, 2 * N * C);
         return used;
@@ -285,7 +308,10 @@ static size_t room(const Call *s, int backward, char *base, Room *r) {
 }
 
 static void rows_of(const bf16 *from, int64_t step, int64_t tokens, int64_t C, bf16 *to) {
-    for (int64_t t = 0; t < tokens; t++) memcpy(to + t * C, from + t * step, (size_t)(2 * C));
+    for (int64_t t = 0; t < tokens; t++) {
+        fetch(from + (t + AHEAD) * step, C);
+        memcpy(to + t * C, from + t * step, (size_t)(2 * C));
+    }
 }
 
 /* -- forward --------------------------------------------------------------------------------------------------------- */
@@ -293,7 +319,7 @@ static void rows_of(const bf16 *from, int64_t step, int64_t tokens, int64_t C, b
 static void forward_head(const Call *s, Room *r, int64_t row, int64_t head, int64_t N) {
     const int64_t T = s->tokens, C = s->channels, wide = (s->heads + 2 * s->kv_heads) * C;
     const float scale = (float)s->scale;
-    placed(s, row, s->qkv + row * T * wide + head * C, wide, r->q, r->y);
+    placed(s, row, s->qkv + row * T * wide + head * C, wide, r->q);
     for (int64_t t = 0; t < T; t += QB) {
         const int64_t stop = t + QB < T ? t + QB : T, m = stop - t, low = earliest_of(s, row, t, stop);
         const int64_t n = (stop - low + STEP - 1) / STEP * STEP;
@@ -335,7 +361,7 @@ static void backward_head(const Call *s, Room *r, int64_t row, int64_t head, int
     const int64_t T = s->tokens, C = s->channels, H = s->heads, wide = (H + 2 * s->kv_heads) * C;
     const float scale = (float)s->scale;
     const bf16 *x = s->qkv + row * T * wide + head * C;
-    placed(s, row, x, wide, r->q, r->y);
+    placed(s, row, x, wide, r->q);
     rows_of(s->d_out + row * T * H * C + head * C, H * C, T, C, r->d_out);
     for (int64_t t = 0; t < T; t += QB) {
         const int64_t stop = t + QB < T ? t + QB : T, m = stop - t, low = earliest_of(s, row, t, stop);
@@ -379,7 +405,7 @@ static void backward_head(const Call *s, Room *r, int64_t row, int64_t head, int
         pair_rows(r->q + t * C, even, C, r->q_rows);
         pair_rows(r->d_out + t * C, even, C, r->do_rows);
         product(m, C, (const pair *)r->flat, n / 2, 1, r->k_rows + low / 2 * C, C, n / 2, r->to, C, 0);
-        unplaced(s, row, t, stop, x, wide, r->to, s->d_qkv + row * T * wide + head * C, r->y);
+        unplaced(s, row, t, stop, x, wide, r->to, s->d_qkv + row * T * wide + head * C);
         product(n, C, r->ds_pairs, 1, n, r->q_rows, C, even / 2, r->dk + low * C, C, 1);
         product(n, C, r->p_pairs, 1, n, r->do_rows, C, even / 2, r->dv + low * C, C, 1);
     }
@@ -393,7 +419,7 @@ static void one(const Call *s, int backward, int64_t item, char *base) {
     const int64_t T = s->tokens, C = s->channels, H = s->heads, K = s->kv_heads, wide = (H + 2 * K) * C;
     const int64_t N = (T + QB - 1) / QB * QB, row = item / K, kv = item % K;
     const bf16 *k = s->qkv + row * T * wide + (H + kv) * C, *v = k + K * C;
-    placed(s, row, k, wide, r.k, r.y);
+    placed(s, row, k, wide, r.k);
     rows_of(v, wide, T, C, r.v);
     pair_channels(r.k, N, C, r.k_channels);
     if (backward) {
@@ -408,7 +434,7 @@ static void one(const Call *s, int backward, int64_t item, char *base) {
         (backward ? backward_head : forward_head)(s, &r, row, head, N);
     if (!backward) return;
     bf16 *d_k = s->d_qkv + row * T * wide + (H + kv) * C, *d_v = d_k + K * C;
-    unplaced(s, row, 0, T, k, wide, r.dk, d_k, r.y);
+    unplaced(s, row, 0, T, k, wide, r.dk, d_k);
     for (int64_t t = 0; t < T; t++)
         for (int64_t c = 0; c < C; c += 16) store(d_v + t * wide + c, _mm512_loadu_ps(r.dv + t * C + c));
 }
@@ -459,4 +485,61 @@ void ratoon_embedding_backward(const int64_t *ids, const bf16 *d, float *d_table
             }
         }
     }
+}
+
+/* The cross entropy of each row of scores (N, V): loss[n] = -w log softmax(scores)[target]. With `gradient` the scores
+ * become the gradient of the sum of the losses. Rows of weight 0 cost nothing, and their target is not read. Returns 1
+ * where there is no memory, 2 where a target is outside the vocabulary. */
+int ratoon_cross_entropy(bf16 *scores, const int64_t *target, const float *weight, float *loss, int64_t rows,
+                         int64_t vocab, int64_t gradient, int64_t threads) {
+    int failed = 0;
+    const int64_t whole = vocab / 16 * 16;
+    const __mmask16 rest = (__mmask16)((1u << (vocab - whole)) - 1);
+#pragma omp parallel num_threads((int)(threads < rows ? threads : rows))
+    {
+        float *line = aligned_alloc(64, (size_t)(whole + 16) * 4);
+        if (!line) failed = 1;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < rows; n++) {
+            bf16 *s = scores + n * vocab;
+            loss[n] = 0;
+            if (!line) continue;
+            if (weight[n] == 0) {
+                if (gradient) memset(s, 0, (size_t)vocab * 2);
+                continue;
+            }
+            if (target[n] < 0 || target[n] >= vocab) {
+                failed = 2;
+                continue;
+            }
+            __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+            for (int64_t j = 0; j < whole; j += 16) {
+                __m512 x = widen(s + j);
+                _mm512_store_ps(line + j, x);
+                top = _mm512_max_ps(top, x);
+            }
+            if (rest) {
+                __m512i half = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(rest, s + whole));
+                __m512 x = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), rest, _mm512_castsi512_ps(_mm512_slli_epi32(half, 16)));
+                _mm512_store_ps(line + whole, x);
+                top = _mm512_max_ps(top, x);
+            }
+            const float most = _mm512_reduce_max_ps(top), hit = line[target[n]];
+            for (int64_t j = 0; j < whole + (rest ? 16 : 0); j += 16) {
+                __m512 e = exp16(_mm512_sub_ps(_mm512_load_ps(line + j), _mm512_set1_ps(most)));
+                if (j == whole) e = _mm512_maskz_mov_ps(rest, e);
+                sum = _mm512_add_ps(sum, e);
+                _mm512_store_ps(line + j, e);
+            }
+            const float total = _mm512_reduce_add_ps(sum);
+            loss[n] = weight[n] * (most + logf(total) - hit);
+            if (!gradient) continue;
+            const __m512 by = _mm512_set1_ps(weight[n] / total);
+            line[target[n]] -= total;
+            for (int64_t j = 0; j < whole; j += 16) store(s + j, _mm512_mul_ps(_mm512_load_ps(line + j), by));
+            if (rest) _mm256_mask_storeu_epi16(s + whole, rest, narrow(_mm512_mul_ps(_mm512_load_ps(line + whole), by)));
+        }
+        free(line);
+    }
+    return failed;
 }
