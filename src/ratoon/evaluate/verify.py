@@ -37,9 +37,9 @@ Gradients = Callable[[Any, Sequence[Batch]], tuple[float, dict[str, Tensor]]]
 ROWS = 8
 MOST_TOKENS = 48
 """Tokens of the longest row: enough for windows, caches and masks to matter, few enough to take seconds."""
-SCORES_FRACTION = 1e-4
+SCORES_FRACTION = 3e-5
 """Two orders of float32 additions may differ by so much of the largest score; a wrong mask, by far more."""
-GRADIENTS_FRACTION = 1e-4
+GRADIENTS_FRACTION = 3e-5
 """The same for gradients, beside the largest one of the whole model."""
 
 SENTENCES = (
