@@ -74,6 +74,13 @@ class Shards:
 
     def __init__(self, ids: np.ndarray[Any, Any], shape: dict[str, int], seed: int, turns: Turns | None = None) -> None:
         self.ids, self.shape, self.seed, self.turns = ids, shape, seed, turns
+        B, T = shape["rows"], shape["context"]
+        self.same: dict[str, Any] = {
+            "weight_BT": np.ones((B, T), np.float32),
+            "document_BT": np.zeros((B, T), np.int32),
+            "position_BT": np.broadcast_to(np.arange(T), (B, T)).copy(),
+            "rows": tuple(f"row {row}" for row in range(B)),
+        }
 
     def arrays(self, step: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         random = np.random.default_rng([self.seed, step])
@@ -88,15 +95,7 @@ class Shards:
         if self.turns is not None:
             self.turns.step()
         ids, targets = self.arrays(step)
-        B, T = ids.shape
-        return Batch(
-            ids_BT=ids,
-            targets_BT=targets,
-            weight_BT=np.ones((B, T), np.float32),
-            document_BT=np.zeros((B, T), np.int32),
-            position_BT=np.broadcast_to(np.arange(T), (B, T)).copy(),
-            rows=tuple(f"row {row}" for row in range(B)),
-        )
+        return Batch(ids_BT=ids, targets_BT=targets, **self.same)
 
     def state(self) -> dict[str, Any]:
         return {"seed": self.seed}

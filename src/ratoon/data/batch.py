@@ -56,6 +56,8 @@ class Batch:
 
     def split(self, parts: int) -> list[Batch]:
         """The same rows as `parts` batches of equal row counts (the last may be smaller)."""
+        if parts == 1:
+            return [self]
         bounds = np.array_split(np.arange(self.ids_BT.shape[0]), parts)
         return [
             Batch(

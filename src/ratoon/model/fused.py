@@ -8,6 +8,7 @@ compiler, goes the plain way; a test holds the two equal.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class _Call(ctypes.Structure):
     ]
 
 
+@functools.cache
 def _code() -> ctypes.CDLL:
     return library(Path(__file__).with_name("fused.c"), "-fopenmp")
 

@@ -26,8 +26,19 @@ from ratoon.model.config import ModelConfig
 from ratoon.model.rotary import Rotary, rotate
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b. Compiled for a CPU the bias is added apart: the compiler puts that into the operation that follows,
+    while a product with a bias copies it into every row first."""
+    if bias is not None and x.device.type == "cpu" and torch.compiler.is_compiling():
+        return F.linear(x, weight) + bias
+    return F.linear(x, weight, bias)
+
+
 class Linear(nn.Linear):
     """A linear layer that starts as NaN: weights that nobody set are heard at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, float("nan"))
@@ -244,7 +255,7 @@ class Attention(nn.Module):
         biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         bias = torch.cat(biases) if biases else None
         weight: Tensor = torch.cat((self.q.weight, self.k.weight, self.v.weight))
-        return F.linear(x_BTD, weight, bias)
+        return linear(x_BTD, weight, bias)
 
     def _place(self, q_BTHC: Tensor, k_BTKC: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
         """Norm and turn queries and keys, in the order of the settings."""

@@ -204,7 +204,6 @@ class _Session:
 
         Loss and weight are summed over micro-batches and processes and divided once.
         """
-        self.model.train()
         device = self.place.device
         totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, weight, positions
         parts = batch.split(math.ceil(len(batch.ids_BT) / self.micro_rows))
@@ -291,6 +290,7 @@ class _Session:
         nothing to write twice and nothing missing.
         """
         settings = self.settings
+        self.model.train()
         window_began, window_tokens = time.perf_counter(), 0
         while (progress := self.progress()) < 1:
             paused = time.perf_counter()
