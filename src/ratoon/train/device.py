@@ -25,6 +25,10 @@ from ratoon.train.settings import TrainSettings
 MEMORY_SHARE = 0.6
 """Share of the free memory that a micro-batch may plan with: the rest is for what the estimate does not see."""
 
+CPU_MICRO_BATCH_TOKENS = 4096
+"""Tokens that keep a CPU's matrix products busy: more of them at once are no faster (benchmarks/LOG.md) and only need
+more memory. A GPU takes what fits."""
+
 PATIENCE_HOURS = 12
 """How long processes wait for the first one while it evaluates and saves; a process that ended is noticed at once."""
 
@@ -164,7 +168,8 @@ def activation_bytes(cfg: ModelConfig, tokens: int, context_tokens: int, place: 
 
 
 def fit_rows(cfg: ModelConfig, settings: TrainSettings, place: Place, rows: int, trained: int) -> int:
-    """Rows of a micro-batch that fit the free memory: `rows` halved (rounding up) until they do.
+    """Rows of a micro-batch: `rows` halved (rounding up) until they fit the free memory, and on a CPU until they are
+    few enough to be no slower.
 
     `trained`: parameters with a gradient. Raises `ConfigError` when not even one row fits.
     """
@@ -173,6 +178,8 @@ def fit_rows(cfg: ModelConfig, settings: TrainSettings, place: Place, rows: int,
     budget = free_bytes(place.device) * MEMORY_SHARE
     optimizer = trained * (20 if place.work != torch.float32 else 16)
     micro = rows
+    while place.device.type == "cpu" and micro > 1 and micro * settings.context_tokens > CPU_MICRO_BATCH_TOKENS:
+        micro = (micro + 1) // 2
     while True:
         tokens = micro * settings.context_tokens
         need = optimizer + activation_bytes(cfg, tokens, settings.context_tokens, place, settings.recompute_blocks)

@@ -171,7 +171,7 @@ class _Session:
         rows = settings.rows // world.size
         self.micro_rows = int(world.share(fit_rows(model.cfg, settings, self.place, rows, trained)))
         self.step = self.tokens = 0
-        self.seconds_before = 0.0
+        self.seconds_before = self.spent_seconds = 0.0  # before a resume; of the budget
         self.best_loss: float | None = None
         self.best_step: int | None = None
         self.measured_at = self.written_at = self.tenth = -1  # steps last looked at, and saved; tenth last evaluated
@@ -277,7 +277,7 @@ class _Session:
         if self.settings.steps is not None:
             return self.step / self.settings.steps
         assert self.settings.budget_minutes is not None
-        return self.world.share(self.seconds() / (60 * self.settings.budget_minutes))
+        return self.world.share(self.spent_seconds / (60 * self.settings.budget_minutes))
 
     def seconds(self) -> float:
         """Seconds of training so far, those before a resume included."""
@@ -292,17 +292,21 @@ class _Session:
         settings = self.settings
         self.model.train()
         window_began, window_tokens = time.perf_counter(), 0
+        first, spent_to = self.step, time.perf_counter()
         while (progress := self.progress()) < 1:
             paused = time.perf_counter()
             self.between(progress, wishes)
             window_began += time.perf_counter() - paused
             learning_share = share(self.step, progress, settings)
             loss, norm, positions = self.update(self.loader.batch(self.step), learning_share)
+            now, before = time.perf_counter(), spent_to
+            spent_to = now
+            if self.step > first:  # the first step also compiles: the budget begins behind it
+                self.spent_seconds += now - before
             self.step += 1
             self.tokens += int(positions)
             window_tokens += int(positions)
             if self.step % settings.log_every_steps == 0 or self.step == 1:
-                now = time.perf_counter()
                 self.record(
                     "train",
                     loss=loss,
@@ -394,6 +398,7 @@ class _Session:
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds(),
+            "spent_seconds": self.spent_seconds,
             "micro_rows": self.micro_rows,
             "precision": self.place.precision,
             "world": self.world.size,
@@ -454,7 +459,8 @@ class _Session:
         checkpoint.put_weights(self.weights.release(), weights, folder)
         self.weights.publish()
         self.optimizer.load_state(optimizer)
-        self.step, self.tokens, self.seconds_before = state["step"], state["tokens"], state["seconds"]
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.seconds_before, self.spent_seconds = state["seconds"], state["spent_seconds"]
         self.scale, self.good_steps, self.skipped_steps = state["scale"], state["good_steps"], state["skipped_steps"]
         self.measured_at, self.tenth, self.last = state["measured_at"], state["tenth"], state["last"]
         self.written_at = self.step

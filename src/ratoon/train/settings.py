@@ -16,7 +16,8 @@ class TrainSettings(Settings):
     budget_minutes: float | None = Field(
         None,
         gt=0,
-        description="wall-clock minutes for training, in place of `steps`: the learning rate follows the clock",
+        description="wall-clock minutes for training, in place of `steps`: the learning rate follows the clock; "
+        "evaluating and saving on the way counts, the first step, which compiles, does not",
     )
     rows: int = Field(32, ge=1, description="rows a step, over all micro-batches and processes")
     context_tokens: int = Field(256, ge=2, description="tokens a row")
