@@ -153,12 +153,7 @@ def read_gguf(
     """
     path = Path(path)
     metadata, entries, raw = read_head(path)
-    architecture = metadata.get("general.architecture", "")
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise ArtifactError(
-            f"the architecture '{architecture}' is not supported", where=path, expected=", ".join(sorted(ARCHITECTURES))
-        )
-    cfg = _config(metadata, architecture, entries, path)
+    cfg = _config(metadata, _architecture(metadata, path), entries, path)
     state: dict[str, Tensor] = {}
     for name, entry in entries.items():
         ours = _our_name(name)
@@ -167,10 +162,28 @@ def read_gguf(
                 continue  # read with the settings
             raise ArtifactError(f"the tensor '{name}' is not known", where=path)
         value = dequantize(raw, entry)
-        state |= {n: v.to(dtype).contiguous() for n, v in _place(ours, value, cfg, architecture).items()}
+        state |= {
+            n: v.to(dtype).contiguous() for n, v in _place(ours, value, cfg, metadata["general.architecture"]).items()
+        }
     if cfg.tied_embeddings:
         state.pop("head.weight", None)
     return cfg, state, metadata
+
+
+def read_gguf_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The settings in a GGUF file, without its weights. Raises as `read_gguf`."""
+    path = Path(path)
+    metadata, entries, _ = read_head(path)
+    return _config(metadata, _architecture(metadata, path), entries, path)
+
+
+def _architecture(metadata: dict[str, Any], path: Path) -> str:
+    architecture = metadata.get("general.architecture", "")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise ArtifactError(
+            f"the architecture '{architecture}' is not supported", where=path, expected=", ".join(sorted(ARCHITECTURES))
+        )
+    return architecture
 
 
 def read_gguf_model(
