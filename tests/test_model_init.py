@@ -62,7 +62,7 @@ def test_the_seed_decides() -> None:
 
 def test_a_weight_does_not_depend_on_the_others() -> None:
     """Each parameter has a stream of its own name: a third layer leaves the first two as they were."""
-    two, three = _made(7, layers=2), _made(7, layers=3)
+    two, three = _made(7, layers=2, zero_init_outputs=True), _made(7, layers=3, zero_init_outputs=True)
     assert all(torch.equal(two[name], three[name]) for name in two)
 
 
@@ -102,7 +102,7 @@ def test_gains_that_add_one_start_at_zero() -> None:
 
 def test_a_new_model_predicts_nothing_yet() -> None:
     """With outputs at 0 each block is the identity: the logits are those of the normed embedding alone."""
-    model = Transformer(little.config(tied_embeddings=False))
+    model = Transformer(little.config(tied_embeddings=False, zero_init_outputs=True))
     init_weights(model, 1)
     ids_BT = torch.arange(9)[None]
     with torch.no_grad():
