@@ -237,3 +237,26 @@ def test_a_score_that_is_not_finite_gives_a_loss_that_is_not() -> None:
         scores = torch.zeros(2, 20).bfloat16()
         scores[1, 5] = bad
         assert not fused.cross_entropy_(scores, torch.tensor([1, 2]), torch.ones(2), gradient=False).isfinite()
+
+
+@needs_code
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gelu_is_that_of_torch(with_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = (4 * torch.randn(3, 5, 48, generator=generator)).bfloat16().requires_grad_()
+    bias = torch.randn(48, generator=generator).bfloat16().requires_grad_() if with_bias else None
+    upstream = torch.randn(3, 5, 48, generator=generator).bfloat16()
+    with torch.no_grad():
+        x[0, 0, :4] = torch.tensor([-100.0, 100.0, 0.0, -8.0])
+    exact = [one.detach().double().requires_grad_() for one in (x, bias) if one is not None]
+    wanted = F.gelu(sum(exact[1:], start=exact[0]), approximate="tanh")
+    wanted.backward(upstream.double())
+    found = fused.gelu_tanh(x, bias)
+    found.backward(upstream)
+    assert (found.double() - wanted).abs().max() < 0.3  # half a last place of 100 in bfloat16
+    assert torch.allclose(found.double(), wanted, rtol=2**-8, atol=1e-5)
+    assert x.grad is not None and exact[0].grad is not None
+    assert torch.allclose(x.grad.double(), exact[0].grad, rtol=2**-7, atol=1e-3)
+    if bias is not None:
+        assert bias.grad is not None and exact[1].grad is not None
+        assert torch.allclose(bias.grad.double(), exact[1].grad, rtol=0.02, atol=0.02)

@@ -1,5 +1,5 @@
 /* What training spends its time on beside the matrix products, for bfloat16 on the CPU: attention, forward and backward,
- * the gradient of the embedding, and the cross entropy. Attention is rotation and norm of queries and keys, causal
+ * tanh-GELU, the gradient of the embedding, and the cross entropy. Attention is rotation and norm of queries and keys, causal
  * products within documents, softmax, values; nothing of the size of tokens x tokens is kept or written to memory.
  *
  * The same arithmetic as model/attention.py and model/rotary.py, with float sums; a test compares the two. Queries,
@@ -542,4 +542,27 @@ int ratoon_cross_entropy(bf16 *scores, const int64_t *target, const float *weigh
         free(line);
     }
     return failed;
+}
+
+/* tanh-GELU (Hendrycks & Gimpel, arXiv:1606.08415) in its form x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), on
+ * x + bias; with `gradient` (that of the output) the gradient of x. Width is a multiple of 16. */
+void ratoon_gelu_tanh(const bf16 *x, const bf16 *bias, const bf16 *gradient, bf16 *out, int64_t rows, int64_t width,
+                      int64_t threads) {
+    const __m512 one = _mm512_set1_ps(1.0f), a = _mm512_set1_ps(1.5957691216057308f);
+    const __m512 b = _mm512_set1_ps(0.07135481627159855f), b3 = _mm512_set1_ps(3 * 0.07135481627159855f);
+#pragma omp parallel for schedule(static) num_threads((int)(threads < rows ? threads : rows))
+    for (int64_t n = 0; n < rows; n++)
+        for (int64_t j = 0; j < width; j += 16) {
+            __m512 v = widen(x + n * width + j);
+            if (bias) v = _mm512_add_ps(v, widen(bias + j));
+            const __m512 square = _mm512_mul_ps(v, v), u = _mm512_mul_ps(v, _mm512_fmadd_ps(b, square, a));
+            const __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), u)), s = _mm512_div_ps(one, _mm512_add_ps(one, e));
+            if (!gradient) {
+                store(out + n * width + j, _mm512_mul_ps(v, s));
+                continue;
+            }
+            const __m512 slope = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_fmadd_ps(b3, square, a)), _mm512_sub_ps(one, s));
+            const __m512 d = _mm512_mul_ps(s, _mm512_add_ps(one, slope));
+            store(out + n * width + j, _mm512_mul_ps(d, widen(gradient + n * width + j)));
+        }
 }

@@ -1,4 +1,4 @@
-"""Attention, the embedding's gradient and the cross entropy in C, for torch to differentiate and compile around.
+"""Attention, tanh-GELU, the embedding's gradient and the cross entropy in C, as operations of torch.
 
 Decides when `fused.c` may stand for the plain product of `attention.py`: bfloat16 on a CPU that multiplies it
 (AVX512-BF16), no cache, causal, and sizes that fill its registers. Everything else, and every machine without a C
@@ -132,6 +132,12 @@ class _Embedding(torch.autograd.Function):
         return None, torch.ops.ratoon.embedding_backward(d_out[0], ctx.saved_tensors[0], ctx.vocab)
 
 
+def gelu_tanh(x_BTF: Tensor, bias_F: Tensor | None) -> Tensor:
+    """tanh-GELU of x + bias (…, F), F a multiple of 16."""
+    found: Tensor = torch.ops.ratoon.gelu_tanh(x_BTF, bias_F)
+    return found
+
+
 def cross_entropy_(scores_NV: Tensor, targets_N: Tensor, weight_N: Tensor, *, gradient: bool) -> Tensor:
     """Σ -w log softmax(scores)[target] as a float32 scalar; with `gradient` the scores become its gradient, in place.
 
@@ -161,6 +167,8 @@ _SHARED = (
 )
 _lib.define(f"attention(Tensor qkv, {_SHARED}) -> (Tensor, Tensor)")
 _lib.define(f"attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, {_SHARED}) -> Tensor")
+_lib.define("gelu_tanh(Tensor x, Tensor? bias) -> Tensor")
+_lib.define("gelu_tanh_backward(Tensor d_out, Tensor x, Tensor? bias) -> Tensor")
 _lib.define("embedding_backward(Tensor d_out, Tensor ids, int vocab) -> Tensor")
 
 
@@ -211,6 +219,38 @@ def _embedding_backward(d_out: Tensor, ids: Tensor, vocab: int) -> Tensor:
     return d_table.to(d_out.dtype)
 
 
+def _gelu(x: Tensor, bias: Tensor | None, d_out: Tensor | None) -> Tensor:
+    x, d_out = x.contiguous(), None if d_out is None else d_out.contiguous()
+    out, width = torch.empty_like(x), x.shape[-1]
+    _code().ratoon_gelu_tanh(
+        *(ctypes.c_void_p(_pointer(tensor)) for tensor in (x, bias, d_out, out)),
+        *(ctypes.c_int64(n) for n in (x.numel() // width, width, torch.get_num_threads())),
+    )
+    return out
+
+
+def _gelu_forward(x: Tensor, bias: Tensor | None) -> Tensor:
+    return _gelu(x, bias, None)
+
+
+def _gelu_backward(d_out: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    return _gelu(x, bias, d_out)
+
+
+def _gelu_fake(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep_gelu(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gelu_gradient(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor | None]:
+    x, bias = ctx.saved_tensors
+    d_x = torch.ops.ratoon.gelu_tanh_backward(d_out, x, bias)
+    return d_x, None if bias is None else d_x.flatten(0, -2).sum(0)
+
+
 def _attention_fake(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     B, T, X = qkv.shape
     heads, kv_heads = rest[4], rest[5]
@@ -238,8 +278,11 @@ def _attention_gradient(ctx: Any, d_out: Tensor, d_lse: Tensor | None) -> tuple[
 for _name, _run, _shape in (
     ("attention", _attention, _attention_fake),
     ("attention_backward", _attention_backward, _attention_backward_fake),
+    ("gelu_tanh", _gelu_forward, _gelu_fake),
+    ("gelu_tanh_backward", _gelu_backward, _gelu_fake),
     ("embedding_backward", _embedding_backward, _embedding_backward_fake),
 ):
     _lib.impl(_name, _run, "CPU")
     _library.register_fake(f"ratoon::{_name}", _shape, lib=_lib)
+_library.register_autograd("ratoon::gelu_tanh", _gelu_gradient, setup_context=_keep_gelu, lib=_lib)
 _library.register_autograd("ratoon::attention", _attention_gradient, setup_context=_keep_attention, lib=_lib)

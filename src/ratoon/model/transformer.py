@@ -46,6 +46,11 @@ class Linear(nn.Linear):
             nn.init.constant_(self.bias, float("nan"))
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is what it was made as: no adapter in its place, no hook. Then its weight may be used in it."""
+    return type(layer) in (Linear, Embedding) and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 class Embedding(nn.Embedding):
     """A table of vectors that starts as NaN."""
 
@@ -122,7 +127,15 @@ class MLP(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.gate is not None:
             return self.down(self.act(self.gate(x_BTD)) * self.up(x_BTD)), None
-        return self.down(self.act(self.up(x_BTD))), None
+        return self.down(self._hidden(x_BTD)), None
+
+    def _hidden(self, x_BTD: Tensor) -> Tensor:
+        """act(up x)."""
+        up = self.up
+        if self.act is _gelu_tanh and is_plain(up) and up.out_features % 16 == 0 and fused.runs_on(x_BTD):
+            return fused.gelu_tanh(F.linear(x_BTD, up.weight), up.bias)
+        hidden_BTF: Tensor = self.act(up(x_BTD))
+        return hidden_BTF
 
 
 class Experts(nn.Module):
@@ -250,7 +263,7 @@ class Attention(nn.Module):
     def _project(self, x_BTD: Tensor) -> Tensor:
         """Queries, keys and values side by side: one product where the three are plain layers."""
         layers = (self.q, self.k, self.v)
-        if any(type(layer) is not Linear or layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+        if not all(is_plain(layer) for layer in layers):
             return torch.cat([layer(x_BTD) for layer in layers], dim=-1)
         biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         bias = torch.cat(biases) if biases else None
@@ -373,8 +386,7 @@ class Transformer(nn.Module):
         """
         T = ids_BT.shape[1]
         start = cache.length if cache is not None else 0
-        plain = type(self.embed) is Embedding and not self.embed._forward_hooks and not self.embed._forward_pre_hooks
-        if plain and self.embed.weight.requires_grad and fused.runs_on(self.embed.weight):
+        if is_plain(self.embed) and self.embed.weight.requires_grad and fused.runs_on(self.embed.weight):
             x_BTD = fused.embed(ids_BT, self.embed.weight)
         else:
             x_BTD = self.embed(ids_BT)
