@@ -18,7 +18,7 @@ from ratoon.cli.main import run as ratoon
 
 LOOKED_AT = {
     "machine", "versions", "threads", "load", "allocator", "memory", "disk", "matrix products", "bf16", "GPU",
-    "torch.compile", "C step", "cache folder", "toy",
+    "torch.compile", "C step", "C training", "cache folder", "toy",
 }  # fmt: skip
 
 

@@ -279,6 +279,7 @@ def _gpu_rate() -> float:
 def _compilers(facts: dict[str, Any]) -> Iterator[Finding]:
     """Both compilers at work: torch.compile on a line, and the decoding step in C."""
     from ratoon.generate.native import kernel
+    from ratoon.model import fused
     from ratoon.model.native import Unavailable
     from ratoon.train.compiled import missing_compiler
 
@@ -299,6 +300,14 @@ def _compilers(facts: dict[str, Any]) -> Iterator[Finding]:
     else:
         facts["c_step"] = {"works": True, "reason": None}
         yield Finding("C step", "compiled for this processor: generating text does not need torch's calls")
+    reason = fused.missing()
+    facts["c_training"] = {"works": reason is None, "reason": reason}
+    yield Finding(
+        "C training",
+        "compiled for this processor: attention, losses and gradients of bfloat16 training need fewer of torch's calls"
+        if reason is None
+        else f"not used: {reason}; training goes through torch alone",
+    )
 
 
 def _packages(facts: dict[str, Any]) -> Iterator[Finding]:
