@@ -23,10 +23,17 @@ HERE = Path(__file__).parent
 class Worker:
     """One way of doing the work, in a process that waits between its blocks."""
 
-    def __init__(self, name: str, script: str, options: dict[str, Any], environment: dict[str, str] | None = None):
+    def __init__(
+        self,
+        name: str,
+        script: str,
+        options: dict[str, Any],
+        environment: dict[str, str] | None = None,
+        python: str = sys.executable,
+    ) -> None:
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / script), json.dumps(options)],
+            [python, str(HERE / script), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
