@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples each time: what is found by chance belongs into a test of its own, not into somebody's red build.
+hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("steady")
+
+# A shell starts what runs in its background with Ctrl-C ignored; the tests of Ctrl-C need it as it is for a person.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

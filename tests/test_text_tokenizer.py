@@ -346,7 +346,8 @@ def test_a_sentencepiece_folder_gives_the_ids_and_texts_of_sentencepiece(name: s
     @example(CHINESE)
     def check(text: str) -> None:
         # See `pieces.py`: a mark that is not composed with its letter is the one known difference.
-        assume(text in HARD or unicodedata.normalize("NFC", text) == text)
+        composed = unicodedata.normalize("NFKC", text)
+        assume(text in HARD or not any(unicodedata.category(letter).startswith("M") for letter in text + composed))
         wanted = peer.encode(text)
         assert equal_or_tied(peer, tokenizer.encode(text), wanted)
         unknown = peer.unk_id() in wanted  # sentencepiece writes it as " ⁇ "

@@ -306,7 +306,8 @@ def test_the_share_never_leaves_its_bounds() -> None:
 
 
 def test_with_a_budget_the_rate_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step takes a minute of a clock of our own; the run ends when the budget is spent."""
+    """Every step takes a minute of a clock of our own; the run ends when the budget is spent, which begins behind the
+    first step."""
     from ratoon.train import loop
 
     clock = [0.0]
@@ -318,9 +319,9 @@ def test_with_a_budget_the_rate_follows_the_clock(monkeypatch: pytest.MonkeyPatc
             return super().batch(step)
 
     outcome = little.go(loader=Slow(), budget_minutes=8.0, schedule="cosine", learning_rate=1.0)
-    assert outcome.result is not None and outcome.result.steps == 8
+    assert outcome.result is not None and outcome.result.steps == 9
     rates = [record["learning_rate"] for record in outcome.records if record["kind"] == "train"]
-    assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * minute / 8)) for minute in range(8)])
+    assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * minute / 8)) for minute in (0, *range(8))])
 
 
 @pytest.mark.parametrize("clip", [None, 0.5, 1e6])
