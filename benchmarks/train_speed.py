@@ -57,7 +57,7 @@ def main() -> None:
     for name, way in peers.items():
         start(f"peer {name}", way)
     if len(workers) > 1:  # the best of the peer's forms is the one that the rest is compared with
-        units = _units(workers)
+        units = units_of(workers)
         first = alternate(workers, units, 2)
         best = max(first, key=lambda name: statistics.median(first[name]))
     else:
@@ -68,13 +68,13 @@ def main() -> None:
         kind, _, optimizer = name.partition("-")
         start(f"ratoon {name}", {"way": "ratoon", "kind": kind, "train": {"optimizer": optimizer or "adamw"}})
     start("matmul bf16", {"way": "matmul", "n": 4096, "dtype": "bfloat16"})
-    speeds = alternate(workers, _units(workers), chosen.rounds)
+    speeds = alternate(workers, units_of(workers), chosen.rounds)
     report(chosen, shape, workers, speeds, best)
     for worker in workers:
         worker.close()
 
 
-def _units(workers: list[Worker]) -> dict[str, int]:
+def units_of(workers: list[Worker]) -> dict[str, int]:
     """How many units of work of each worker fill a block of time."""
     found = {}
     for worker in workers:

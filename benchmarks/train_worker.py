@@ -20,8 +20,15 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 
 
-def ids_of(path: str) -> tuple[np.ndarray[Any, Any], int]:
-    """The text's characters as numbers, and how many there are of them."""
+RANDOM_TOKENS = 1 << 22
+
+
+def ids_of(path: str | None, vocab: int | None = None) -> tuple[np.ndarray[Any, Any], int]:
+    """The text's characters as numbers, and how many there are of them; without a text, random numbers below
+    `vocab`, which are as good for speed."""
+    if path is None:
+        assert vocab is not None and vocab <= 1 << 16, "random tokens need a vocabulary of uint16"
+        return np.random.default_rng(1).integers(0, vocab, RANDOM_TOKENS, dtype=np.uint16), vocab
     text = Path(path).read_text(encoding="utf-8")
     letters = {letter: number for number, letter in enumerate(sorted(set(text)))}
     return np.array([letters[letter] for letter in text], dtype=np.uint16), len(letters)
@@ -69,6 +76,16 @@ def ratoon_config(kind: str, shape: dict[str, int], vocab: int) -> Any:
     return ModelConfig(**(default_shape(size, shape["context"]) | common))
 
 
+def settle_gpu(turns: Turns) -> None:
+    """Before an answer: wait for what a GPU has still to do, and say the most memory it has held."""
+    if turns.left == 0:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            turns.facts["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
+
+
 class Shards:
     """Rows of the text at random places, drawn as the peer draws them: the same data for both."""
 
@@ -93,6 +110,7 @@ class Shards:
         from ratoon.data.batch import Batch
 
         if self.turns is not None:
+            settle_gpu(self.turns)
             self.turns.step()
         ids, targets = self.arrays(step)
         return Batch(ids_BT=ids, targets_BT=targets, **self.same)
@@ -110,7 +128,7 @@ def ratoon(options: dict[str, Any]) -> None:
     from ratoon.train.settings import TrainSettings
 
     shape = SHAPES[options["shape"]]
-    ids, vocab = ids_of(options["text"])
+    ids, vocab = ids_of(options["text"], options.get("vocab"))
     model = Transformer(ratoon_config(options["kind"], shape, vocab))
     init_weights(model, 1)
     parameters = sum(p.numel() for p in model.parameters())
@@ -156,7 +174,7 @@ def peer(options: dict[str, Any]) -> None:
         tune_allocator()
     torch.manual_seed(1)
     shape = SHAPES[options["shape"]]
-    ids, vocab = ids_of(options["text"])
+    ids, vocab = ids_of(options["text"], options.get("vocab"))
     model = peer_model(shape, vocab)
     model.train()
     before = peak_bytes()
@@ -169,6 +187,7 @@ def peer(options: dict[str, Any]) -> None:
     facts = {"before_bytes": before, "parameters": sum(p.numel() for p in model.parameters()), "vocab": vocab}
     turns = Turns(options["warm_up"], shape["rows"] * shape["context"], facts)
     for step in itertools.count():
+        settle_gpu(turns)
         turns.step()
         rows, targets = loader.arrays(step)
         x = torch.from_numpy(rows).to(device)
