@@ -73,7 +73,7 @@ def report(chosen: Any, where: str, workers: list[Worker], speeds: dict[str, lis
     peers = [worker.name for worker in workers if worker.name.startswith("peer")]
     best = max(peers, key=lambda name: statistics.median(speeds[name]))
     print(f"{where}\n\nshape {chosen.shape}: {shape}, vocabulary {vocab:,}, {chosen.rounds} rounds; ", end="")
-    print(f"bf16 products {ceiling / 1e12:,.1f} TFLOP/s\n")
+    print(f"bf16 products {ceiling / 1e12:.3g} TFLOP/s\n")
     maker = chosen.peak_tflops
     last, line = (" share of the maker's peak |", "---:|") if maker else ("", "")
     print(f"| | tokens/s (median) | against the peer's best | share of the ceiling | GPU memory MiB |{last}")

@@ -99,6 +99,8 @@ def equal_tokens(chosen: Any, seeds: range) -> dict[str, list[dict[str, Any]]]:
         "ratoon default-muon": {"way": "ratoon", "kind": "default", "train": {"steps": chosen.steps}},
     }
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen.ways.split(",")}
+    if unknown := results.keys() - known.keys():
+        raise SystemExit(f"--ways: there is no {', '.join(unknown)}; there are {', '.join(known)}")
     for seed in seeds:
         for name, found in results.items():
             found.append(once({"text": chosen.text, "shape": chosen.shape, "seed": seed, **known[name]}))
