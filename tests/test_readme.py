@@ -43,10 +43,12 @@ def test_links_lead_somewhere(name: str) -> None:
 def test_make_knows_its_targets() -> None:
     made = [text for _, mark, text in blocks("README.md") if mark == "make"]
     assert made == ["make quickstart\nmake test\n"]
+    # What a make around this test was told is not for this one; -B: as if nothing were installed yet.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "VENV"}
     for line in made[0].splitlines():
-        done = subprocess.run([*line.split(), "-n"], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run([*line.split(), "-n", "-B"], capture_output=True, text=True, cwd=ROOT, env=environment)
         assert done.returncode == 0, done.stderr
-        assert "torch==" in done.stdout or (ROOT / ".venv" / ".ready").exists()
+        assert "torch==" in done.stdout and "requirements.txt" in done.stdout
 
 
 @pytest.mark.slow
