@@ -3,14 +3,17 @@ is taken."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ratoon.data.batch import Batch
 from ratoon.model import fused
 from ratoon.model.config import ModelConfig
 from ratoon.model.init import init_weights
@@ -260,3 +263,12 @@ def test_gelu_is_that_of_torch(with_bias: bool) -> None:
     if bias is not None:
         assert bias.grad is not None and exact[1].grad is not None
         assert torch.allclose(bias.grad.double(), exact[1].grad, rtol=0.02, atol=0.02)
+
+
+def test_a_document_in_two_places_of_a_row_is_refused() -> None:
+    """The C code counts on runs where the plain way compares numbers: what would tell them apart cannot be made."""
+    ids = np.zeros((1, 4), np.int64)
+    for document, fine in (([0, 0, 1, -1], True), ([0, 1, 0, 0], False)):
+        table = {"weight_BT": np.ones((1, 4), np.float32), "document_BT": np.array([document], np.int32)}
+        with contextlib.nullcontext() if fine else pytest.raises(AssertionError, match="two places"):
+            Batch(ids_BT=ids, targets_BT=ids, position_BT=ids, **table)

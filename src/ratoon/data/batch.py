@@ -21,7 +21,8 @@ class Batch:
 
     `targets_BT[b, t]` is what position t should predict (the NEXT token for next-token training: the
     shift is made here, nowhere else). `weight_BT` 0 = not learned. `document_BT` numbers the documents of
-    a row (0, 1, …; `IGNORED` = padding); attention never crosses them. `position_BT` counts from 0 in each
+    a row (0, 1, …; `IGNORED` = padding), each a run of neighbouring slots;
+    attention never crosses them. `position_BT` counts from 0 in each
     document (a document continued from an earlier row goes on counting from 0 in this row).
     `rows` says where each row came from, for error messages. `extra` holds what one objective alone needs.
     """
@@ -38,6 +39,8 @@ class Batch:
         shape = self.ids_BT.shape
         for name in ("targets_BT", "weight_BT", "document_BT", "position_BT"):
             assert getattr(self, name).shape == shape, f"{name} {getattr(self, name).shape} is not {shape}"
+        runs, documents = ((np.diff(rows, axis=1) != 0).sum() for rows in (self.document_BT, np.sort(self.document_BT)))
+        assert runs == documents, "a document stands in two places of a row: attention counts on runs"
 
     @property
     def valid_tokens(self) -> int:

@@ -20,6 +20,7 @@ from ratoon.base.errors import ConfigError, RatoonError
 from ratoon.model.attention import PLAIN_LIMIT_TOKENS
 from ratoon.model.config import ModelConfig
 from ratoon.model.count import kept_activations
+from ratoon.model.native import processor_flags
 from ratoon.train.settings import TrainSettings
 
 MEMORY_SHARE = 0.6
@@ -55,12 +56,7 @@ class Place:
 
 def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 natively (AVX512-BF16 or AMX, or Arm's bf16)."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as handle:
-            flags = next((line for line in handle if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return False
-    return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return not processor_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def find_place(settings: TrainSettings) -> Place:
