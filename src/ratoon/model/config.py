@@ -39,6 +39,31 @@ class MoE(Settings):
     balance_weight: float = Field(0.001, ge=0, description="weight of the load-balancing loss")
 
 
+class HeadConfig(Settings):
+    """A head for a task in place of the scores of the next token; see `model/head.py`."""
+
+    kind: Literal["token", "sequence", "span"] = Field(
+        description="token: labels of each token; sequence: of a whole text; span: where an answer begins and ends"
+    )
+    labels: tuple[str, ...] = Field(min_length=1, description="names of the scores, in their order")
+    problem: Literal["one", "several", "number"] = Field(
+        "one", description="one label is right, several may be, or each score is a number"
+    )
+    pooling: Literal["last", "mean", "attention"] = Field(
+        "last", description="sequence: which tokens' output the head reads; Transformers knows `last` alone"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> HeadConfig:
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError("a label stands twice")
+        if self.kind != "sequence" and (self.pooling != "last" or self.problem != "one"):
+            raise ValueError(f"a head of kind {self.kind} has neither pooling nor another problem than 'one'")
+        if self.kind == "span" and len(self.labels) != 2:
+            raise ValueError("a span has two scores: begin and end")
+        return self
+
+
 class ModelConfig(Settings):
     """A Transformer's shape. Widths are channels, lengths tokens."""
 
@@ -98,6 +123,7 @@ class ModelConfig(Settings):
 
     causal: bool = Field(True, description="False: an encoder, each token sees all of its document")
     cross_attention: bool = Field(False, description="a decoder that also attends to an encoder's output")
+    task_head: HeadConfig | None = Field(None, description="a head for a task; absent: scores of the next token")
     bos_id: int | None = Field(None, description="token that begins a text; absent in a recipe: the tokenizer's")
     eos_ids: tuple[int, ...] = Field((), description="tokens that end a text; absent in a recipe: the tokenizer's")
     pad_id: int | None = Field(None, description="padding token; absent in a recipe: the tokenizer's")

@@ -1,6 +1,7 @@
 /* What training spends its time on beside the matrix products, for bfloat16 on the CPU: attention, forward and backward,
- * tanh-GELU, the gradient of the embedding, and the cross entropy. Attention is rotation and norm of queries and keys, causal
- * products within documents, softmax, values; nothing of the size of tokens x tokens is kept or written to memory.
+ * tanh-GELU, the gradient of the embedding, and the cross entropy. Attention is rotation and norm of queries and keys,
+ * products within documents, causal or in both directions, softmax, values; nothing of the size of tokens x tokens is
+ * kept or written to memory.
  *
  * The same arithmetic as model/attention.py and model/rotary.py, with float sums; a test compares the two. Queries,
  * keys and values lie side by side in one tensor, as one projection writes them: qkv (B, T, (H + 2 K) C). Products
@@ -8,7 +9,7 @@
  * ("paired": [inner / 2][columns][2]).
  *
  * Letters as in transformer.py: B rows, T tokens, H query heads, K key/value heads, C channels. Queries are taken in
- * blocks of QB; keys after a block, and those before the earliest document in it, are never multiplied.
+ * blocks of QB; keys before the first that one of them sees, and those after the last, are never multiplied.
  */
 #include <immintrin.h>
 #include <math.h>
@@ -22,12 +23,13 @@ typedef uint32_t pair; /* two bfloat16 */
 enum { QB = 64, STEP = 16, MOST = 256, AHEAD = 12 }; /* MOST: channels of a head */
 
 typedef struct {
-    int64_t threads, rows, tokens, heads, kv_heads, channels, window, rotating;
+    int64_t threads, rows, tokens, heads, kv_heads, channels, window, rotating, causal;
     double scale, eps;       /* eps < 0: queries and keys are not normed */
     const bf16 *qkv;         /* (B, T, (H + 2 K) C) */
     const float *cos, *sin;  /* (positions, rotating), or absent: the first 2 * rotating channels turn */
     const int64_t *position; /* (B, T), or absent: 0, 1, … */
     const int64_t *first;    /* (B, T): the first token of the own document, or absent: 0 */
+    const int64_t *last;     /* (B, T): its last token, or absent: T - 1; not read where attention is causal */
     bf16 *out;               /* (B, T, H C) */
     float *lse;              /* (B, H, T): log of the sum of the exponentials */
     const bf16 *d_out;       /* (B, T, H C) */
@@ -254,13 +256,26 @@ INLINE int64_t earliest(const Call *s, int64_t row, int64_t t) { /* the first ke
     return low;
 }
 
-INLINE int64_t earliest_of(const Call *s, int64_t row, int64_t t, int64_t stop) {
-    int64_t low = t;
+INLINE int64_t latest(const Call *s, int64_t row, int64_t t) { /* the last key that token t sees */
+    if (s->causal) return t;
+    int64_t high = s->last ? s->last[row * s->tokens + t] : s->tokens - 1;
+    if (s->window && t + s->window - 1 < high) high = t + s->window - 1;
+    return high;
+}
+
+typedef struct {
+    int64_t low, n; /* the keys low .. low + n - 1, both multiples of STEP */
+} Keys;
+
+INLINE Keys keys_of(const Call *s, int64_t row, int64_t t, int64_t stop) { /* what the tokens t .. stop - 1 see */
+    int64_t low = t, high = t;
     for (; t < stop; t++) {
-        int64_t one = earliest(s, row, t);
-        if (one < low) low = one;
+        const int64_t begin = earliest(s, row, t), end = latest(s, row, t);
+        if (begin < low) low = begin;
+        if (end > high) high = end;
     }
-    return low / STEP * STEP;
+    low = low / STEP * STEP;
+    return (Keys){low, (high - low) / STEP * STEP + STEP};
 }
 
 INLINE __mmask16 seen(int64_t at, int64_t low, int64_t last) { /* of the keys at .. at + 15, those in low .. last */
@@ -321,14 +336,15 @@ static void forward_head(const Call *s, Room *r, int64_t row, int64_t head, int6
     const float scale = (float)s->scale;
     placed(s, row, s->qkv + row * T * wide + head * C, wide, r->q);
     for (int64_t t = 0; t < T; t += QB) {
-        const int64_t stop = t + QB < T ? t + QB : T, m = stop - t, low = earliest_of(s, row, t, stop);
-        const int64_t n = (stop - low + STEP - 1) / STEP * STEP;
+        const int64_t stop = t + QB < T ? t + QB : T, m = stop - t;
+        const Keys keys = keys_of(s, row, t, stop);
+        const int64_t low = keys.low, n = keys.n;
         product(m, n, (const pair *)(r->q + t * C), C / 2, 1, r->k_channels + low, N, C / 2, r->scores, n, 0);
         float inverse[QB];
         for (int64_t i = 0; i < m; i++) {
             float *line = r->scores + i * n;
             bf16 *p = r->flat + i * n;
-            const int64_t begin = earliest(s, row, t + i) - low, last = t + i - low;
+            const int64_t begin = earliest(s, row, t + i) - low, last = latest(s, row, t + i) - low;
             const int64_t from = begin / 16 * 16, end = last / 16 * 16 + 16;
             __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
             for (int64_t j = from; j < end; j += 16)
@@ -364,8 +380,9 @@ static void backward_head(const Call *s, Room *r, int64_t row, int64_t head, int
     placed(s, row, x, wide, r->q);
     rows_of(s->d_out + row * T * H * C + head * C, H * C, T, C, r->d_out);
     for (int64_t t = 0; t < T; t += QB) {
-        const int64_t stop = t + QB < T ? t + QB : T, m = stop - t, low = earliest_of(s, row, t, stop);
-        const int64_t n = (stop - low + STEP - 1) / STEP * STEP, even = (m + 1) / 2 * 2;
+        const int64_t stop = t + QB < T ? t + QB : T, m = stop - t;
+        const Keys keys = keys_of(s, row, t, stop);
+        const int64_t low = keys.low, n = keys.n, even = (m + 1) / 2 * 2;
         product(m, n, (const pair *)(r->q + t * C), C / 2, 1, r->k_channels + low, N, C / 2, r->scores, n, 0);
         product(m, n, (const pair *)(r->d_out + t * C), C / 2, 1, r->v_channels + low, N, C / 2, r->d_scores, n, 0);
         for (int64_t i = 0; i < even; i++) {
@@ -375,7 +392,7 @@ static void backward_head(const Call *s, Room *r, int64_t row, int64_t head, int
                 memset(d, 0, (size_t)(4 * n));
                 continue;
             }
-            const int64_t begin = earliest(s, row, t + i) - low, last = t + i - low;
+            const int64_t begin = earliest(s, row, t + i) - low, last = latest(s, row, t + i) - low;
             const bf16 *o = s->out + (row * T + t + i) * H * C + head * C, *d_o = r->d_out + (t + i) * C;
             __m512 dot = _mm512_setzero_ps();
             for (int64_t c = 0; c < C; c += 16) dot = _mm512_fmadd_ps(widen(o + c), widen(d_o + c), dot);

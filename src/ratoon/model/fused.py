@@ -1,7 +1,7 @@
 """Attention, tanh-GELU, the embedding's gradient and the cross entropy in C, as operations of torch.
 
 Decides when `fused.c` may stand for the plain product of `attention.py`: bfloat16 on a CPU that multiplies it
-(AVX512-BF16), no cache, causal, and sizes that fill its registers. Everything else, and every machine without a C
+(AVX512-BF16), no cache, no soft-cap, and sizes that fill its registers. Everything else, and every machine without a C
 compiler, goes the plain way; a test holds the two equal.
 """
 
@@ -21,8 +21,8 @@ from ratoon.model.config import ModelConfig
 from ratoon.model.native import Unavailable, library, processor_flags
 
 _NEEDS = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
-_COUNTS = ("threads", "rows", "tokens", "heads", "kv_heads", "channels", "window", "rotating")
-_POINTERS = ("qkv", "cos", "sin", "position", "first", "out", "lse", "d_out", "d_qkv")
+_COUNTS = ("threads", "rows", "tokens", "heads", "kv_heads", "channels", "window", "rotating", "causal")
+_POINTERS = ("qkv", "cos", "sin", "position", "first", "last", "out", "lse", "d_out", "d_qkv")
 
 
 class _Call(ctypes.Structure):
@@ -69,7 +69,7 @@ def runs_on(x: Tensor) -> bool:
 
 def fits(cfg: ModelConfig, x_BTD: Tensor) -> bool:
     """Whether the C code expresses the attention of such a model on such a stream."""
-    fitting = cfg.causal and cfg.attention_softcap is None and cfg.channels % 16 == 0 and cfg.channels <= 256
+    fitting = cfg.attention_softcap is None and cfg.channels % 16 == 0 and cfg.channels <= 256
     return fitting and x_BTD.shape[1] > 1 and runs_on(x_BTD)
 
 
@@ -89,27 +89,37 @@ def run_starts(document_BT: Tensor) -> Tensor:
     return torch.where(begins, slots, 0).cummax(dim=1).values
 
 
+def run_ends(document_BT: Tensor) -> Tensor:
+    """The slot (B, T) at which each token's run of one document ends."""
+    T = document_BT.shape[1]
+    return T - 1 - run_starts(document_BT.flip(1)).flip(1)
+
+
 def attend(
     qkv_BTX: Tensor,
     rope: tuple[Tensor, Tensor] | None,
     position_BT: Tensor | None,
     first_BT: Tensor | None,
+    last_BT: Tensor | None,
     *,
     heads: int,
     kv_heads: int,
     scale: float,
     norm_eps: float | None,
     window: int | None,
+    causal: bool,
 ) -> Tensor:
     """Queries, keys and values of one projection, side by side (B, T, (H + 2 K) C) -> (B, T, H C).
 
-    `rope`: float32 tables of cos and sin (positions, r); `position_BT` absent: 0, 1, …; `first_BT`: see `run_starts`;
-    `norm_eps`: queries and keys are RMS-normed after the rotation. Documents must be runs of neighbouring slots.
+    `rope`: float32 tables of cos and sin (positions, r); `position_BT` absent: 0, 1, …; `first_BT`,
+    `last_BT`: see `run_starts` and `run_ends`, absent: each row is one document; `last_BT` is not read where `causal`.
+    `norm_eps`: queries and keys are RMS-normed after the rotation. `window`: keys at that distance are not seen, before
+    the query or after it. Documents must be runs of neighbouring slots.
     """
     cos, sin = rope if rope is not None else (None, None)
     eps = -1.0 if norm_eps is None else norm_eps
     out: Tensor = torch.ops.ratoon.attention(
-        qkv_BTX, cos, sin, position_BT, first_BT, heads, kv_heads, scale, eps, window or 0
+        qkv_BTX, cos, sin, position_BT, first_BT, last_BT, heads, kv_heads, scale, eps, window or 0, causal
     )[0]
     return out
 
@@ -162,8 +172,8 @@ def cross_entropy_(scores_NV: Tensor, targets_N: Tensor, weight_N: Tensor, *, gr
 _library: Any = torch.library
 _lib = _library.Library("ratoon", "DEF")
 _SHARED = (
-    "Tensor? cos, Tensor? sin, Tensor? position, Tensor? first, int heads, int kv_heads, float scale, float eps, "
-    "int window"
+    "Tensor? cos, Tensor? sin, Tensor? position, Tensor? first, Tensor? last, int heads, int kv_heads, float scale, "
+    "float eps, int window, bool causal"
 )
 _lib.define(f"attention(Tensor qkv, {_SHARED}) -> (Tensor, Tensor)")
 _lib.define(f"attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, {_SHARED}) -> Tensor")
@@ -178,20 +188,20 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _call(qkv: Tensor, rest: Sequence[Any], **more: Tensor) -> _Call:
     """The arguments of the C code: `rest` are those that both passes share, in their order."""
-    cos, sin, position, first, heads, kv_heads, scale, eps, window = rest
+    cos, sin, position, first, last, heads, kv_heads, scale, eps, window, causal = rest
     B, T, X = qkv.shape
     numbers = {
         "threads": torch.get_num_threads(), "rows": B, "tokens": T, "heads": heads, "kv_heads": kv_heads,
         "channels": X // (heads + 2 * kv_heads), "window": window, "rotating": 0 if cos is None else cos.shape[-1],
-        "scale": scale, "eps": eps,
+        "scale": scale, "eps": eps, "causal": causal,
     }  # fmt: skip
-    tensors = {"qkv": qkv, "cos": cos, "sin": sin, "position": position, "first": first, **more}
+    tensors = {"qkv": qkv, "cos": cos, "sin": sin, "position": position, "first": first, "last": last, **more}
     return _Call(**numbers, **{name: _pointer(tensor) for name, tensor in tensors.items()})
 
 
 def _attention(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     B, T, X = qkv.shape
-    heads, kv_heads = rest[4], rest[5]
+    heads, kv_heads = rest[5], rest[6]
     qkv = qkv.contiguous()
     out = qkv.new_empty(B, T, X // (heads + 2 * kv_heads) * heads)
     lse = torch.empty(B, heads, T, dtype=torch.float32)
@@ -253,7 +263,7 @@ def _gelu_gradient(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _attention_fake(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     B, T, X = qkv.shape
-    heads, kv_heads = rest[4], rest[5]
+    heads, kv_heads = rest[5], rest[6]
     return qkv.new_empty(B, T, X // (heads + 2 * kv_heads) * heads), qkv.new_empty(B, heads, T, dtype=torch.float32)
 
 
@@ -266,13 +276,13 @@ def _embedding_backward_fake(d_out: Tensor, ids: Tensor, vocab: int) -> Tensor:
 
 
 def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cos, sin, position, first, *ctx.rest = inputs
-    ctx.save_for_backward(qkv, *output, cos, sin, position, first)
+    qkv, cos, sin, position, first, last, *ctx.rest = inputs
+    ctx.save_for_backward(qkv, *output, cos, sin, position, first, last)
 
 
 def _attention_gradient(ctx: Any, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     qkv, out, lse, *tables = ctx.saved_tensors
-    return torch.ops.ratoon.attention_backward(d_out, qkv, out, lse, *tables, *ctx.rest), *([None] * 9)
+    return torch.ops.ratoon.attention_backward(d_out, qkv, out, lse, *tables, *ctx.rest), *([None] * 11)
 
 
 for _name, _run, _shape in (

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ratoon.base.seeds import derive
-from ratoon.model.transformer import EncoderDecoder, Experts, Norm, Transformer
+from ratoon.model.config import HeadConfig
+from ratoon.model.transformer import EncoderDecoder, Experts, Norm, TaskHead, Transformer
 
 
 @torch.no_grad()
@@ -35,7 +36,9 @@ def _init(model: Transformer, seed: int, part: int) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{module_name}.{name}"
             leaf = f"{module_name.rsplit('.', 1)[-1]}.{name}"
-            if isinstance(module, Norm):
+            if isinstance(module, TaskHead):
+                parameter.zero_()  # all tokens weigh the same
+            elif isinstance(module, Norm):
                 parameter.fill_(1.0 if name == "weight" and not module.plus_one else 0.0)
             elif name == "bias":
                 parameter.zero_()
@@ -48,6 +51,23 @@ def _init(model: Transformer, seed: int, part: int) -> None:
                 _normal(parameter, cfg.init_std, seed, part, full)
             else:
                 raise AssertionError(f"no rule sets {full}")
+
+
+@torch.no_grad()
+def add_head(model: Transformer, head: HeadConfig, seed: int) -> None:
+    """Put a new task head onto a model, with first values from the stream `head` of `seed`.
+
+    A head that stands there already, or one that scores tokens, is taken away.
+    """
+    model.cfg = model.cfg.model_copy(update={"task_head": head})
+    weight = model.head_weight()
+    model.head = None
+    model.task_head = TaskHead(model.cfg).to(weight.device, weight.dtype)
+    for name, parameter in model.task_head.named_parameters():
+        if name == "score.weight":
+            _normal(parameter, model.cfg.init_std, seed, 0, "task_head.score.weight")
+        else:
+            parameter.zero_()
 
 
 def _normal(parameter: nn.Parameter, std: float, seed: int, part: int, name: str) -> None:

@@ -87,10 +87,12 @@ class Reading:
     keep: dict[int | None, Tensor | None]
     keep_memory: Tensor | None
     fused: bool = False
-    """Attention goes through the C code of `fused.py`; then `keep` is empty and `first_BT` says what is visible, and
-    where that code turns queries and keys itself, `rope` holds whole float32 tables and `position_BT` the places."""
+    """Attention goes through the C code of `fused.py`; then `keep` is empty and `first_BT` and `last_BT` say what is
+    visible (`last_BT` where attention is not causal), and where that code turns queries and keys itself, `rope` holds
+    whole float32 tables and `position_BT` the places."""
     position_BT: Tensor | None = None
     first_BT: Tensor | None = None
+    last_BT: Tensor | None = None
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -253,11 +255,13 @@ class Attention(nn.Module):
             self._rope(reading) if inside else None,
             reading.position_BT,
             reading.first_BT,
+            reading.last_BT,
             heads=cfg.heads,
             kv_heads=cfg.kv,
             scale=self.scale,
             norm_eps=cfg.norm_eps if inside and self.q_norm is not None else None,
             window=self.window,
+            causal=cfg.causal,
         )
 
     def _project(self, x_BTD: Tensor) -> Tensor:
@@ -348,6 +352,69 @@ def _angles(
     return cos[position_BT][:, :, None], sin[position_BT][:, :, None]
 
 
+@dataclass(frozen=True)
+class Site:
+    """A linear layer that a method may change: its name in the model, what it is (`q k v o gate up down`, in cross
+    attention `cross_q` …), its block, and its widths."""
+
+    name: str
+    kind: str
+    layer: int
+    inputs: int
+    outputs: int
+
+
+class TaskHead(nn.Module):
+    """A linear layer that scores a token, a whole text, or the ends of a span, in place of the next token.
+
+    Laid out as Transformers' `…ForTokenClassification`, `…ForSequenceClassification` and `…ForQuestionAnswering`. For
+    a text the outputs of its tokens are pooled first: the last one, their mean, or their mean weighted by attention of
+    one learned query (Yang et al., 2016, eq. 5-7 without the hidden layer; all tokens weigh the same while it is 0).
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        assert cfg.task_head is not None
+        self.cfg = cfg.task_head
+        self.score = Linear(cfg.width, len(self.cfg.labels), bias=self.cfg.kind != "sequence")
+        self.query = nn.Parameter(torch.full((cfg.width,), float("nan"))) if self.cfg.pooling == "attention" else None
+
+    def forward(
+        self, hidden_BTD: Tensor, at_BT: Tensor, document_BT: Tensor | None = None, own_BT: Tensor | None = None
+    ) -> Tensor:
+        """Scores in float32 of the positions where `at_BT` (bool) is true, in reading order: (N, labels).
+
+        A text's position is that of its last token. `own_BT` (bool) says which tokens are pooled; absent: all of its
+        document's.
+        """
+        picked_ND = (
+            hidden_BTD[at_BT] if self.cfg.pooling == "last" else self._pool(hidden_BTD, at_BT, document_BT, own_BT)
+        )
+        scores_NK: Tensor = self.score(picked_ND).float()
+        return scores_NK
+
+    def _pool(self, hidden_BTD: Tensor, at_BT: Tensor, document_BT: Tensor | None, own_BT: Tensor | None) -> Tensor:
+        B, T, D = hidden_BTD.shape
+        if document_BT is None:
+            document_BT = torch.zeros(B, T, dtype=torch.int32, device=hidden_BTD.device)
+        own_BT = document_BT >= 0 if own_BT is None else own_BT & (document_BT >= 0)
+        row_B1 = torch.arange(B, device=hidden_BTD.device)[:, None]
+        unit_BT = row_B1 * (T + 1) + document_BT + 1  # one number for each document of each row
+        _, number_BT = torch.unique(unit_BT, return_inverse=True)
+        count = int(number_BT.max()) + 1
+        number_N, hidden_ND = number_BT[own_BT], hidden_BTD[own_BT].float()
+        weight_N = torch.ones(len(number_N), device=hidden_BTD.device)
+        if self.query is not None:
+            score_N = hidden_ND @ self.query.float() / math.sqrt(D)
+            top_M = torch.full((count,), float("-inf"), device=score_N.device)
+            top_M = top_M.scatter_reduce(0, number_N, score_N.detach(), "amax")
+            weight_N = torch.exp(score_N - top_M[number_N])
+        total_M = torch.zeros(count, device=hidden_BTD.device).index_add(0, number_N, weight_N)
+        sum_MD = torch.zeros(count, D, device=hidden_BTD.device).index_add(0, number_N, hidden_ND * weight_N[:, None])
+        at_N = number_BT[at_BT]
+        return (sum_MD[at_N] / total_M[at_N, None]).to(hidden_BTD.dtype)
+
+
 class Transformer(nn.Module):
     """A stack of blocks between an embedding and a head. Parameters are NaN until `init.py` or a reader sets them."""
 
@@ -359,7 +426,11 @@ class Transformer(nn.Module):
         self.embed_norm = Norm(cfg, cfg.width) if cfg.embedding_norm else None
         self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.layers))
         self.final_norm = Norm(cfg, cfg.width)
-        self.head = None if cfg.tied_embeddings else Linear(cfg.width, cfg.vocab_size, bias=cfg.head_bias)
+        scores_tokens = not cfg.tied_embeddings and cfg.task_head is None
+        self.head = Linear(cfg.width, cfg.vocab_size, bias=cfg.head_bias) if scores_tokens else None
+        self.task_head = TaskHead(cfg) if cfg.task_head is not None else None
+        self.virtual: nn.Module | None = None
+        """Prompt tuning: `virtual(x_BTD, position_BT)` puts learned vectors into a document's first slots."""
         self.rotary = Rotary(cfg) if cfg.positions == "rotary" else None
         two_thetas = cfg.positions == "rotary" and cfg.rope_local_theta is not None
         self.rotary_local = Rotary(cfg, local=True) if two_thetas else None
@@ -376,39 +447,76 @@ class Transformer(nn.Module):
         memory_BSD: Tensor | None = None,
         memory_document_BS: Tensor | None = None,
         routers: list[Tensor] | None = None,
+        trunk_BTD: Tensor | None = None,
+        trunk_layers: int = 0,
     ) -> Tensor:
         """Token ids (B, T) -> the last layer's normed output (B, T, D).
 
         `position_BT` absent: counted from the cache's length on, the same for each row. `document_BT` absent: each
         row is one document. `memory_BSD`: an encoder's output, for cross attention, visible where
         `memory_document_BS` equals the row's document. `routers`, if given, is filled with each mixture layer's
-        router scores (B, T, E).
+        router scores (B, T, E). `trunk_BTD`: what `trunk` gave for the first `trunk_layers` blocks, which are then not
+        computed again.
         """
-        T = ids_BT.shape[1]
+        if trunk_BTD is None:
+            assert not trunk_layers
+            trunk_BTD = self._embedded(ids_BT, cache.length if cache is not None else 0, position_BT)
         start = cache.length if cache is not None else 0
-        if is_plain(self.embed) and self.embed.weight.requires_grad and fused.runs_on(self.embed.weight):
-            x_BTD = fused.embed(ids_BT, self.embed.weight)
-        else:
-            x_BTD = self.embed(ids_BT)
-        if self.cfg.embedding_scale is not None:
-            x_BTD = x_BTD * torch.tensor(self.cfg.embedding_scale, dtype=x_BTD.dtype, device=x_BTD.device)
-        if self.place is not None:
-            places = self.place.weight[start : start + T][None] if position_BT is None else self.place(position_BT)
-            x_BTD = x_BTD + places
-        if self.embed_norm is not None:
-            x_BTD = self.embed_norm(x_BTD)
-        reading = self._reading(x_BTD, start, position_BT, document_BT, cache, memory_document_BS)
-        for block in self.layers:
+        reading = self._reading(trunk_BTD, start, position_BT, document_BT, cache, memory_document_BS)
+        x_BTD = self._through(trunk_BTD, reading, range(trunk_layers, len(self.layers)), cache, memory_BSD, routers)
+        if cache is not None:
+            cache.advance(ids_BT.shape[1])
+        hidden_BTD: Tensor = self.final_norm(x_BTD)
+        return hidden_BTD
+
+    @torch.no_grad()
+    def trunk(
+        self, ids_BT: Tensor, layers: int, position_BT: Tensor | None = None, document_BT: Tensor | None = None
+    ) -> Tensor:
+        """The stream (B, T, D) behind the first `layers` blocks, without a gradient: what a frozen trunk computes."""
+        x_BTD = self._embedded(ids_BT, 0, position_BT)
+        reading = self._reading(x_BTD, 0, position_BT, document_BT, None, None)
+        return self._through(x_BTD, reading, range(layers), None, None, None)
+
+    def _through(
+        self,
+        x_BTD: Tensor,
+        reading: Reading,
+        layers: range,
+        cache: Cache | None,
+        memory_BSD: Tensor | None,
+        routers: list[Tensor] | None,
+    ) -> Tensor:
+        for layer in layers:
+            block = self.layers[layer]
             if self.recompute_blocks and self.training and cache is None:
                 x_BTD, router = checkpoint(block, x_BTD, reading, None, memory_BSD, use_reentrant=False)
             else:
                 x_BTD, router = block(x_BTD, reading, cache, memory_BSD)
             if routers is not None and router is not None:
                 routers.append(router)
-        if cache is not None:
-            cache.advance(T)
-        hidden_BTD: Tensor = self.final_norm(x_BTD)
-        return hidden_BTD
+        return x_BTD
+
+    def _embedded(self, ids_BT: Tensor, start: int, position_BT: Tensor | None) -> Tensor:
+        """The stream before the first block (B, T, D)."""
+        T = ids_BT.shape[1]
+        if is_plain(self.embed) and self.embed.weight.requires_grad and fused.runs_on(self.embed.weight):
+            x_BTD = fused.embed(ids_BT, self.embed.weight)
+        else:
+            x_BTD = self.embed(ids_BT)
+        if self.cfg.embedding_scale is not None:
+            x_BTD = x_BTD * torch.tensor(self.cfg.embedding_scale, dtype=x_BTD.dtype, device=x_BTD.device)
+        if self.virtual is not None:
+            place_BT = (
+                torch.arange(start, start + T, device=ids_BT.device)[None] if position_BT is None else position_BT
+            )
+            x_BTD = self.virtual(x_BTD, place_BT)
+        if self.place is not None:
+            places = self.place.weight[start : start + T][None] if position_BT is None else self.place(position_BT)
+            x_BTD = x_BTD + places
+        if self.embed_norm is not None:
+            x_BTD = self.embed_norm(x_BTD)
+        return x_BTD
 
     def _reading(
         self,
@@ -427,13 +535,14 @@ class Transformer(nn.Module):
             keep_memory = (own_BT[:, :, None] == memory_document_BS[:, None, :])[:, None]
         if cache is None and fused.fits(self.cfg, x_BTD):
             first_BT = None if document_BT is None else fused.run_starts(document_BT)
+            last_BT = None if document_BT is None or self.cfg.causal else fused.run_ends(document_BT)
             if fused.turns_inside(self.cfg):
                 rope, rope_local = (
                     None if one is None else one.tables(x_BTD.device, torch.float32) for one in rotaries
                 )
             else:
                 rope, rope_local = (_angles(one, x_BTD, 0, position_BT) for one in rotaries)
-            return Reading(rope, rope_local, {}, keep_memory, True, position_BT, first_BT)
+            return Reading(rope, rope_local, {}, keep_memory, True, position_BT, first_BT, last_BT)
         rope, rope_local = (_angles(one, x_BTD, start, position_BT) for one in rotaries)
         document_BS = cache.mark(T, document_BT) if cache is not None else document_BT
         if document_BT is None and document_BS is not None:
@@ -456,8 +565,22 @@ class Transformer(nn.Module):
         """The matrix (V, D) that turns hidden states into scores; the embedding's own where they are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
+    def sites(self) -> list[Site]:
+        """The linear layers of all blocks, in their order: what a method may change. Mixtures' experts and routers are
+        none."""
+        found = []
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and name.startswith("layers.") and not name.endswith("router"):
+                _, layer, part, kind = name.split(".")[:4]
+                kind = f"cross_{kind}" if part == "cross" else kind
+                found.append(
+                    Site(name.removesuffix(".base"), kind, int(layer), module.in_features, module.out_features)
+                )
+        return found
+
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Scores of every token of the vocabulary (…, V)."""
+        assert self.task_head is None or self.cfg.tied_embeddings, "a task head stands in the next token's place"
         logits = F.linear(hidden_BTD, self.head_weight(), None if self.head is None else self.head.bias)
         cap = self.cfg.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,0 +1,1 @@
+"""Training few parameters: one file a paper, behind one contract."""
