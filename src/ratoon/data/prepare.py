@@ -18,7 +18,8 @@ from typing import Any
 from ratoon.base.errors import ArtifactError, ConfigError, DataError, StorageError
 from ratoon.data.ledger import Account, Ledger
 from ratoon.data.shards import Shards, ShardWriter
-from ratoon.data.sources import EMPTY, Document, Reading, find_files, read
+from ratoon.data.sources import Document, Reading, find_files, read
+from ratoon.data.values import EMPTY
 from ratoon.store.artifact import Manifest, Parent, read_manifest, seal
 from ratoon.store.atomic import atomic_folder, sweep, write_json
 from ratoon.text.tokenizer import Tokenizer
