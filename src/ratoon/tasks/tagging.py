@@ -1,0 +1,194 @@
+"""Tagging: every word has a tag, as named entities are marked (B-PER I-PER O).
+
+Decides how tags are read (IOB1 files become IOB2, said), how a sentence becomes tokens, and that the tag is learned at
+a word's last token: a causal model has read the whole word there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ratoon.base.errors import ConfigError, DataError
+from ratoon.tasks.contract import Encoded, Head, Named, Record, Task, TaskSettings, TooLong, pick, too_long
+from ratoon.tasks.example import Example
+from ratoon.text.tokenizer import Tokenizer
+
+WORDS = Named("words", ("words", "tokens"))
+TAGS = Named("tags", ("tags", "ner_tags", "ner", "labels"))
+
+
+class TaggingSettings(TaskSettings):
+    """How words and tags are read and learned."""
+
+    labels: tuple[str, ...] = Field((), description="the tags, in their order; absent: those of the training rows")
+    scheme: Literal["as-is", "iob2"] = Field("iob2", description="iob2: tags of an entity's first word become B-")
+    join: str = Field(" ", description="what stands between words: a space, or nothing (Chinese characters)")
+    learn: Literal["last", "first"] = Field("last", description="which token of a word its tag is asked at")
+
+
+@dataclass(frozen=True)
+class Sentence(Record):
+    """Words with a tag each."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+class Tagging(Task[Sentence]):
+    """Every word has a tag."""
+
+    kind = "tagging"
+    objective = "token_label"
+    measure = "tagging"
+    settings: TaggingSettings
+    settings_type = TaggingSettings
+    labels: tuple[str, ...] = ()
+
+    def record(self, row: Mapping[str, Any], place: str) -> Sentence:
+        """Words and tags of the row; CLUENER's spans become tags of characters."""
+        if isinstance(row.get("label"), dict) and isinstance(row.get("text"), str):
+            words, tags = from_spans(row["text"], row["label"], place)
+        else:
+            words = [str(word) for word in pick(row, WORDS, self.settings.fields, place)]
+            tags = [str(tag) for tag in pick(row, TAGS, self.settings.fields, place)]
+        if len(words) != len(tags):
+            raise DataError(f"{len(words)} words have {len(tags)} tags", where=place, expected="one tag for each word")
+        if self.settings.scheme == "iob2":
+            tags = iob2(tags)
+        return Sentence(str(row.get("id", place)), place, tuple(words), tuple(tags))
+
+    def settle(self, training: Sequence[Sentence]) -> list[str]:
+        """Take the tags of the training records, O first."""
+        found = Counter(tag for record in training for tag in record.tags)
+        self.labels = self.settings.labels or tuple(sorted(found, key=lambda tag: (tag != "O", tag[2:], tag)))
+        if len(self.labels) < 2:
+            raise ConfigError("the training rows have fewer than two tags", where="task.labels")
+        return [f"{len(self.labels)} tags: " + ", ".join(f"{tag} {found[tag]:,}" for tag in self.labels)]
+
+    def check(self, record: Sentence) -> None:
+        """Raise `DataError` for a tag that was not settled."""
+        for tag in record.tags:
+            if tag not in self.labels:
+                raise DataError(
+                    f"the tag '{tag}' is not known", where=record.place, expected=f"one of {', '.join(self.labels)}"
+                )
+
+    def facts(self) -> dict[str, Any]:
+        """The settings, and the tags in the order of the scores."""
+        return {**super().facts(), "labels": list(self.labels)}
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        """Take the tags back."""
+        self.labels = tuple(facts["labels"])
+
+    def text(self, record: Sentence) -> str:
+        """The words, joined."""
+        return self.settings.join.join(record.words)
+
+    def with_text(self, record: Sentence, text: str) -> Sentence:
+        """The same tags for other words. Raises `DataError` when their number changed."""
+        words = tuple(text.split(self.settings.join)) if self.settings.join else tuple(text)
+        if len(words) != len(record.words):
+            raise DataError(
+                f"the changed text has {len(words)} words", where=record.place, expected=f"{len(record.words)}"
+            )
+        return Sentence(record.id, record.place, words, record.tags)
+
+    def expected(self, record: Sentence) -> tuple[str, ...]:
+        """The tags."""
+        return record.tags
+
+    def head(self) -> Head:
+        """A score for each tag at each token."""
+        return Head("token", self.labels)
+
+    def encode(self, record: Sentence, tokenizer: Tokenizer, *, room_tokens: int, too_long: TooLong) -> Encoded:
+        """The sentence's tokens, a tag asked at one token of each word. A sentence that is too long can be split
+        between words."""
+        pieces = tokenizer.encode_batch([self.settings.join * bool(i) + word for i, word in enumerate(record.words)])
+        for word, piece in zip(record.words, pieces, strict=True):
+            if not piece:
+                raise DataError(
+                    f"the word '{word}' has no token of its own, so no tag can be learned at it",
+                    where=record.place,
+                    fix="mend the word, or say data.on_bad_row: skip",
+                )
+        total = sum(map(len, pieces))
+        if total <= room_tokens:
+            return Encoded([self._example(record, pieces, 0)], total)
+        return self._shortened(record, pieces, total, room_tokens, too_long)
+
+    def _shortened(
+        self, record: Sentence, pieces: list[list[int]], total: int, room_tokens: int, policy: TooLong
+    ) -> Encoded:
+        if policy == "refuse":
+            raise too_long(record.place, total, room_tokens)
+        if policy == "split":
+            examples, start, length = [], 0, 0
+            for number, piece in enumerate(pieces):
+                if length + len(piece) > room_tokens:
+                    examples.append(self._example(record, pieces[start:number], start))
+                    start, length = number, 0
+                length += len(piece)
+            examples.append(self._example(record, pieces[start:], start))
+            return Encoded(examples, total, 0, "too long: split between words")
+        lengths = [len(piece) for piece in (pieces if policy == "cut-right" else pieces[::-1])]
+        fits, used = 0, 0
+        while fits < len(lengths) and used + lengths[fits] <= room_tokens:
+            used += lengths[fits]
+            fits += 1
+        first = 0 if policy == "cut-right" else len(pieces) - fits
+        kept = pieces[first : first + fits]
+        side = "right" if policy == "cut-right" else "left"
+        return Encoded([self._example(record, kept, first)], total, total - used, f"too long: cut on the {side}")
+
+    def _example(self, record: Sentence, pieces: Sequence[Sequence[int]], first: int) -> Example:
+        ids: list[int] = []
+        targets: list[int] = []
+        weight: list[float] = []
+        for word, piece in enumerate(pieces, start=first):
+            ids += piece
+            at = 0 if self.settings.learn == "first" else len(piece) - 1
+            own = [0.0] * len(piece)
+            own[at] = 1.0
+            weight += own
+            label = self.labels.index(record.tags[word]) if record.tags[word] in self.labels else 0
+            targets += [label] * len(piece)
+        return Example(ids, weight, record.id, targets=targets)
+
+    def read_scores(self, record: Sentence, scores: Any) -> tuple[str, ...]:
+        """The tag of the highest score of each word (words, labels)."""
+        assert len(scores) == len(record.words), "a row of scores for each word"
+        return tuple(self.labels[int(best)] for best in scores.argmax(-1))
+
+
+def iob2(tags: Sequence[str]) -> list[str]:
+    """IOB1 or IOB2 tags as IOB2: an entity's first word has B-, the others I-."""
+    found, before = [], "O"
+    for tag in tags:
+        if tag.startswith("I-") and (before == "O" or before[2:] != tag[2:]):
+            tag = "B-" + tag[2:]
+        found.append(tag)
+        before = tag
+    return found
+
+
+def from_spans(text: str, label: Mapping[str, Any], place: str) -> tuple[list[str], list[str]]:
+    """CLUENER's form: {type: {surface: [[begin, end], …]}}, ends included -> a tag for each character."""
+    tags = ["O"] * len(text)
+    for kind, surfaces in label.items():
+        for surface, spans in surfaces.items():
+            for begin, end in spans:
+                if text[begin : end + 1] != surface:
+                    raise DataError(
+                        f"'{surface}' does not stand at {begin} to {end} of the text",
+                        where=place,
+                        expected=f"'{text[begin : end + 1]}'",
+                    )
+                tags[begin : end + 1] = [f"B-{kind}"] + [f"I-{kind}"] * (end - begin)
+    return list(text), tags
