@@ -20,7 +20,7 @@
 typedef uint16_t bf16;
 typedef uint32_t pair; /* two bfloat16 */
 #define INLINE static inline __attribute__((always_inline))
-enum { QB = 64, STEP = 16, MOST = 256, AHEAD = 12 }; /* MOST: channels of a head */
+enum { QB = 32, STEP = 16, MOST = 256, AHEAD = 12 }; /* MOST: channels of a head */
 
 typedef struct {
     int64_t threads, rows, tokens, heads, kv_heads, channels, window, rotating, causal;
@@ -30,7 +30,7 @@ typedef struct {
     const int64_t *position; /* (B, T), or absent: 0, 1, … */
     const int64_t *first;    /* (B, T): the first token of the own document, or absent: 0 */
     const int64_t *last;     /* (B, T): its last token, or absent: T - 1; not read where attention is causal */
-    bf16 *out;               /* (B, T, H C) */
+    bf16 *out;               /* (B, T, H C): written by the forward pass, absent in the backward */
     float *lse;              /* (B, H, T): log of the sum of the exponentials */
     const bf16 *d_out;       /* (B, T, H C) */
     bf16 *d_qkv;             /* (B, T, (H + 2 K) C) */
@@ -373,6 +373,14 @@ static void forward_head(const Call *s, Room *r, int64_t row, int64_t head, int6
 
 /* -- backward -------------------------------------------------------------------------------------------------------- */
 
+INLINE void blank(float *p, float *d, bf16 *flat, int64_t from, int64_t end) { /* keys that a query does not see */
+    for (int64_t j = from; j < end; j += 16) {
+        _mm512_storeu_ps(p + j, _mm512_setzero_ps());
+        _mm512_storeu_ps(d + j, _mm512_setzero_ps());
+        _mm256_storeu_si256((__m256i *)(flat + j), _mm256_setzero_si256());
+    }
+}
+
 static void backward_head(const Call *s, Room *r, int64_t row, int64_t head, int64_t N) {
     const int64_t T = s->tokens, C = s->channels, H = s->heads, wide = (H + 2 * s->kv_heads) * C;
     const float scale = (float)s->scale;
@@ -387,31 +395,30 @@ static void backward_head(const Call *s, Room *r, int64_t row, int64_t head, int
         product(m, n, (const pair *)(r->d_out + t * C), C / 2, 1, r->v_channels + low, N, C / 2, r->d_scores, n, 0);
         for (int64_t i = 0; i < even; i++) {
             float *p = r->scores + i * n, *d = r->d_scores + i * n;
+            bf16 *flat = r->flat + i * n;
             if (i == m) { /* an odd number of queries: the pair's other half is nothing */
-                memset(p, 0, (size_t)(4 * n));
-                memset(d, 0, (size_t)(4 * n));
+                blank(p, d, flat, 0, n);
                 continue;
             }
             const int64_t begin = earliest(s, row, t + i) - low, last = latest(s, row, t + i) - low;
-            const bf16 *o = s->out + (row * T + t + i) * H * C + head * C, *d_o = r->d_out + (t + i) * C;
-            __m512 dot = _mm512_setzero_ps();
-            for (int64_t c = 0; c < C; c += 16) dot = _mm512_fmadd_ps(widen(o + c), widen(d_o + c), dot);
-            const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(dot));
+            const int64_t from = begin / 16 * 16, end = last / 16 * 16 + 16;
             const __m512 lse = _mm512_set1_ps(s->lse[(row * H + head) * T + t + i]), by = _mm512_set1_ps(scale);
-            for (int64_t j = 0; j < n; j += 16) {
-                const __mmask16 mask = seen(j, begin, last);
-                if (!mask) {
-                    _mm512_storeu_ps(p + j, _mm512_setzero_ps());
-                    _mm512_storeu_ps(d + j, _mm512_setzero_ps());
-                    _mm256_storeu_si256((__m256i *)(r->flat + i * n + j), _mm256_setzero_si256());
-                    continue;
-                }
-                __m512 e = _mm512_maskz_mov_ps(mask, exp16(_mm512_fmsub_ps(_mm512_loadu_ps(p + j), by, lse)));
-                __m512 g = _mm512_mul_ps(_mm512_mul_ps(e, by), _mm512_sub_ps(_mm512_loadu_ps(d + j), mean));
+            __m512 dot = _mm512_setzero_ps(); /* out · d_out, without out's rounding */
+            for (int64_t j = from; j < end; j += 16) {
+                __m512 e = exp16(_mm512_fmsub_ps(_mm512_loadu_ps(p + j), by, lse));
+                e = _mm512_maskz_mov_ps(seen(j, begin, last), e);
+                dot = _mm512_fmadd_ps(e, _mm512_loadu_ps(d + j), dot);
                 _mm512_storeu_ps(p + j, e);
-                _mm512_storeu_ps(d + j, g);
-                store(r->flat + i * n + j, g);
             }
+            const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(dot));
+            for (int64_t j = from; j < end; j += 16) {
+                const __m512 e = _mm512_mul_ps(_mm512_loadu_ps(p + j), by);
+                const __m512 g = _mm512_mul_ps(e, _mm512_sub_ps(_mm512_loadu_ps(d + j), mean));
+                _mm512_storeu_ps(d + j, g);
+                store(flat + j, g);
+            }
+            blank(p, d, flat, 0, from);
+            blank(p, d, flat, end, n);
         }
         for (int64_t i = 0; i < even; i += 2)
             for (int64_t j = 0; j < n; j += 16) {

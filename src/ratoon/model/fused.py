@@ -176,7 +176,7 @@ _SHARED = (
     "float eps, int window, bool causal"
 )
 _lib.define(f"attention(Tensor qkv, {_SHARED}) -> (Tensor, Tensor)")
-_lib.define(f"attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, {_SHARED}) -> Tensor")
+_lib.define(f"attention_backward(Tensor d_out, Tensor qkv, Tensor lse, {_SHARED}) -> Tensor")
 _lib.define("gelu_tanh(Tensor x, Tensor? bias) -> Tensor")
 _lib.define("gelu_tanh_backward(Tensor d_out, Tensor x, Tensor? bias) -> Tensor")
 _lib.define("embedding_backward(Tensor d_out, Tensor ids, int vocab) -> Tensor")
@@ -210,10 +210,10 @@ def _attention(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _attention_backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> Tensor:
-    qkv, d_out, out = qkv.contiguous(), d_out.contiguous(), out.contiguous()
+def _attention_backward(d_out: Tensor, qkv: Tensor, lse: Tensor, *rest: Any) -> Tensor:
+    qkv, d_out = qkv.contiguous(), d_out.contiguous()
     d_qkv = torch.empty_like(qkv)
-    if _code().ratoon_attention_backward(ctypes.byref(_call(qkv, rest, out=out, lse=lse, d_out=d_out, d_qkv=d_qkv))):
+    if _code().ratoon_attention_backward(ctypes.byref(_call(qkv, rest, lse=lse, d_out=d_out, d_qkv=d_qkv))):
         raise MemoryError("no memory for attention's scratch")
     return d_qkv
 
@@ -277,12 +277,12 @@ def _embedding_backward_fake(d_out: Tensor, ids: Tensor, vocab: int) -> Tensor:
 
 def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, cos, sin, position, first, last, *ctx.rest = inputs
-    ctx.save_for_backward(qkv, *output, cos, sin, position, first, last)
+    ctx.save_for_backward(qkv, output[1], cos, sin, position, first, last)
 
 
 def _attention_gradient(ctx: Any, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    qkv, out, lse, *tables = ctx.saved_tensors
-    return torch.ops.ratoon.attention_backward(d_out, qkv, out, lse, *tables, *ctx.rest), *([None] * 11)
+    qkv, lse, *tables = ctx.saved_tensors
+    return torch.ops.ratoon.attention_backward(d_out, qkv, lse, *tables, *ctx.rest), *([None] * 11)
 
 
 for _name, _run, _shape in (
