@@ -58,6 +58,11 @@ class Ledger:
         if self._left_out is not None:
             self._left_out(reason, where, bytes)
 
+    def leave_out(self, reason: str, bytes: int, where: str) -> None:
+        """Book a row from which nothing could be taken: it came in and went no further."""
+        self.receive(1, bytes)
+        self.book(reason, 1, bytes, where=where)
+
     def note(self, sentence: str) -> None:
         """Something a person should know, once."""
         if sentence not in self.notes:

@@ -23,7 +23,6 @@ from ratoon.data.values import (
     PLAIN,
     SKIP,
     TABLES,
-    LeftOut,
     Notes,
     Value,
     check_encoding,
@@ -136,22 +135,17 @@ def read(files: Iterable[Path], reading: Reading, ledger: Ledger) -> Iterator[Do
     check_encoding(reading.encoding)
     if not reading.split:
         raise ConfigError("the separator of documents is empty", where="split", expected="file, lines, blank-lines, …")
-
-    def left_out(reason: str, size: int, where: str) -> None:
-        ledger.receive(1, size)
-        ledger.book(reason, 1, size, where=where)
-
     for path in files:
         booked, given = ledger.read.documents, 0
         with reading_errors(path):
-            for document in _read_one(path, reading, ledger, left_out):
+            for document in _read_one(path, reading, ledger):
                 given += 1
                 yield document
         if not given and ledger.read.documents == booked:
             ledger.note(f"nothing stands in the file: {shown(path)}")
 
 
-def _read_one(path: Path, reading: Reading, ledger: Ledger, left_out: LeftOut) -> Iterator[Document]:
+def _read_one(path: Path, reading: Reading, ledger: Ledger) -> Iterator[Document]:
     suffix = suffix_of(path)
     if suffix in PLAIN:
         yield from _plain(path, reading)
@@ -159,13 +153,13 @@ def _read_one(path: Path, reading: Reading, ledger: Ledger, left_out: LeftOut) -
     if suffix == ".parquet":
         rows = parquet(path, lambda names: _columns(names, reading))
     elif suffix in TABLES:
-        rows = table(path, reading, left_out, "\t" if suffix == ".tsv" else ",")
+        rows = table(path, reading, ledger.leave_out, "\t" if suffix == ".tsv" else ",")
     elif suffix == ".json":
         rows = _list(path, reading)
     else:
-        rows = json_lines(path, reading, left_out)
+        rows = json_lines(path, reading, ledger.leave_out)
     for found in rows:
-        yield from _field(found, path, reading, ledger, left_out)
+        yield from _field(found, path, reading, ledger)
 
 
 def _columns(names: list[str], reading: Reading) -> list[str]:
@@ -215,7 +209,7 @@ def _plain(path: Path, reading: Reading) -> Iterator[Document]:
             at = found.end()
 
 
-def _field(value: Value, path: Path, reading: Reading, ledger: Ledger, left_out: LeftOut) -> Iterator[Document]:
+def _field(value: Value, path: Path, reading: Reading, ledger: Ledger) -> Iterator[Document]:
     """The text of a row."""
     row, number, size = value
     where = place(path, number)
@@ -236,7 +230,7 @@ def _field(value: Value, path: Path, reading: Reading, ledger: Ledger, left_out:
             + (", ".join(map(str, keys)) or type(row).__name__),
             fix=f"name the field with --field, {SKIP}",
         )
-        refuse_or_leave(reading, left_out, MISSING, size, problem)
+        refuse_or_leave(reading, ledger.leave_out, MISSING, size, problem)
         return
     if reading.field is None and name is not None and not isinstance(row, str):
         ledger.note(f"text is taken from the field '{name}' of {shown(Path(path.name))}")
@@ -249,4 +243,4 @@ def _field(value: Value, path: Path, reading: Reading, ledger: Ledger, left_out:
             expected="text that can be written as UTF-8",
             fix=f"mend the row, {SKIP}",
         )
-        refuse_or_leave(reading, left_out, ENCODING, size, problem)
+        refuse_or_leave(reading, ledger.leave_out, ENCODING, size, problem)

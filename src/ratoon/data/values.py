@@ -49,6 +49,12 @@ class Notes(Protocol):
     def note(self, sentence: str) -> None: ...
 
 
+class Book(Notes, Protocol):
+    """A ledger, as far as readers of rows need one."""
+
+    def leave_out(self, reason: str, bytes: int, where: str) -> None: ...
+
+
 class Value(NamedTuple):
     """What a row holds, its line (from 1; in .json and parquet the row) and its size in bytes in the file."""
 
@@ -281,9 +287,10 @@ class _Counted:
 
 
 def table(
-    path: Path, opening: Opening, left_out: LeftOut, delimiter: str, columns: tuple[str, ...] = ()
+    path: Path, opening: Opening, left_out: LeftOut, delimiter: str, columns: tuple[str, ...] = (), hint: str = SKIP
 ) -> Iterator[Value]:
-    """The rows of a table as `{column: text}`. The first row is the head, unless `columns` are given."""
+    """The rows of a table as `{column: text}`. The first row is the head, unless `columns` are given; `hint` is what
+    the user may do with a row that is no table, besides mending it."""
     csv.field_size_limit(1 << 30)
     rows_of_file = _Counted(path, opening)
     rows = csv.reader(rows_of_file, delimiter=delimiter, strict=True)
@@ -294,7 +301,7 @@ def table(
             row = next(rows, None)
         except csv.Error as error:
             problem = DataError(
-                f"not readable as a table: {error}", where=place(path, line), fix=f"mend the row, {SKIP}"
+                f"not readable as a table: {error}", where=place(path, line), fix=f"mend the row, {hint}"
             )
             refuse_or_leave(opening, left_out, BROKEN, rows_of_file.taken, problem)
             continue
