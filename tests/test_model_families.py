@@ -505,7 +505,6 @@ UNSAYABLE: list[tuple[Table, str]] = [
     ({"mlp": "relu2"}, "mlp"),
     ({"windows": (4, 4)}, "windows"),
     ({"logit_softcap": 3.0}, "logit_softcap"),
-    ({"causal": False}, "causal"),
     ({"cross_attention": True}, "cross_attention"),
     ({"head_bias": True, "tied_embeddings": False}, "head_bias"),
     ({"rope_scaling": RopeScaling(kind="linear", factor=2.0, beta_fast=3.0)}, "rope_scaling"),

@@ -739,7 +739,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 # What decides training alone, or only how the model is begun.
-_OUTSIDE = {"family", "init_std", "zero_init_outputs", "bos_id", "eos_ids", "pad_id"}
+_OUTSIDE = {"family", "init_std", "zero_init_outputs", "bos_id", "eos_ids", "pad_id", "task_head"}
 
 
 def config_from_folder(theirs: Table, where: str) -> ModelConfig:

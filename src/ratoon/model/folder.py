@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ratoon.base.errors import ArtifactError
 from ratoon.model.config import ModelConfig
-from ratoon.model.families import FAMILIES, Rule, check_expressible, config_from_folder, config_to_folder
+from ratoon.model.families import Rule
+from ratoon.model.heads import from_folder, to_folder, weights_of
 from ratoon.model.transformer import Transformer
 from ratoon.store.artifact import MANIFEST, Manifest, Parent, read_manifest, seal
 from ratoon.store.atomic import atomic_folder, write_json
@@ -47,7 +48,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
         raise ArtifactError(f"not readable as JSON: {error}", where=path) from None
     if not isinstance(theirs, dict):
         raise ArtifactError(f"the file holds a {type(theirs).__name__}", where=path, expected="keys with values")
-    return config_from_folder(theirs, str(path))
+    return from_folder(theirs, str(path))
 
 
 def read_model(
@@ -100,7 +101,7 @@ class _Reader:
 
     def __init__(self, folder: Path, cfg: ModelConfig) -> None:
         self.folder, self.cfg = folder, cfg
-        self.rules = FAMILIES[cfg.family].weights
+        self.rules = weights_of(cfg)
         self.file_of: dict[str, Path] = {}
         index = folder / INDEX
         named: dict[str, str] = {}
@@ -240,7 +241,7 @@ def to_family(model: Transformer, dtype: torch.dtype | None = None) -> dict[str,
     cfg = model.cfg
     state = {name: value.detach() for name, value in model.named_parameters()}
     theirs: dict[str, Tensor] = {}
-    for rule in FAMILIES[cfg.family].weights:
+    for rule in weights_of(cfg):
         for layer in range(cfg.layers) if "{i}" in rule.theirs else (0,):
             ours = [name.format(i=layer) for name in rule.ours]
             if ours[0] not in state:
@@ -272,11 +273,11 @@ def write_model(
     `dtype` rounds the weights on the way. `extra_files` (tokenizer, template …) are put beside them. Raises
     `ConfigError` when the model's family cannot say what it is, `StorageError` when the disk refuses.
     """
-    check_expressible(model.cfg)
+    settings = to_folder(model.cfg, "float32")
     weights = to_family(model, dtype)
     kept = next(iter(weights.values())).dtype
     with atomic_folder(folder, replace=replace) as partial:
-        write_json(partial / "config.json", config_to_folder(model.cfg, str(kept).removeprefix("torch.")))
+        write_json(partial / "config.json", settings | {"torch_dtype": str(kept).removeprefix("torch.")})
         generation = {"bos_token_id": model.cfg.bos_id, "eos_token_id": list(model.cfg.eos_ids) or None}
         if model.cfg.pad_id is not None:
             generation["pad_token_id"] = model.cfg.pad_id

@@ -17,7 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ratoon.adapt.contract import Method, Moment
 from ratoon.base.errors import ArtifactError, ConfigError, NumericError
+from ratoon.base.seeds import derive
 from ratoon.data.batch import Batch
 from ratoon.model.allocator import tune_allocator
 from ratoon.model.transformer import Transformer
@@ -31,6 +33,7 @@ from ratoon.train.optim import Optimizer, group_parameters
 from ratoon.train.schedule import share
 from ratoon.train.settings import TrainSettings
 from ratoon.train.stop import Wishes
+from ratoon.train.trunk import Trunk
 from ratoon.train.weights import FlatWeights
 
 Objective = Callable[[Transformer, Inputs], tuple[Tensor, Tensor]]
@@ -39,6 +42,8 @@ EVALUATIONS_A_RUN = 10
 LOWEST_SCALE = 2.0**-24
 """float16: a gradient that is not finite with so small a share of the first loss scale is not the scale's fault."""
 
+METHOD = "method."
+"""What a method keeps for its next steps lies beside the optimizer's state, under names that begin so."""
 LENGTH = {"steps", "budget_minutes"}
 FREE_ON_RESUME = LENGTH | {
     "compile", "evaluate_every_steps", "evaluate_tokens", "sample_every_steps", "log_every_steps",
@@ -90,8 +95,13 @@ def train(
     hooks: Hooks | None = None,
     parents: list[Parent] | None = None,
     resume: bool = False,
+    method: Method | None = None,
+    trunk: Trunk | None = None,
 ) -> Result:
     """Train `model` on the loader's batches as `settings` say; afterwards its parameters are the float32 masters.
+
+    What asks for a gradient is trained. `method`, already installed, has its hooks called; `trunk` gives what the
+    frozen blocks compute.
 
     With a `run`, checkpoints are written to it; `resume` goes on from its latest whole one, bit for bit as if nothing
     had happened. Raises `NumericError` at the first loss or gradient that is not finite, before the weights move;
@@ -101,6 +111,7 @@ def train(
     world = World()
     try:
         session = _Session(model, loader, settings, run, objective, hooks or Hooks(), parents or [], world)
+        session.method, session.trunk = method, trunk
         try:
             if resume:
                 session.resume()
@@ -142,6 +153,9 @@ class _Session:
         world: World,
     ) -> None:
         self.model, self.loader, self.settings, self.run = model, loader, settings, run
+        self.method: Method | None = None
+        self.trunk: Trunk | None = None
+        self.penalty = 0.0
         self.objective, self.hooks, self.parents, self.world = objective, hooks, parents, world
         if settings.rows % world.size:
             raise ConfigError(
@@ -157,7 +171,7 @@ class _Session:
             )
         allocator = tune_allocator()
         self.place: Place = find_place(settings)
-        self.frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+        self.frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
         model.to(self.place.device)
         groups = group_parameters(model, settings)
         self.weights = FlatWeights(groups, self.place.work)
@@ -207,8 +221,9 @@ class _Session:
         device = self.place.device
         totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, weight, positions
         parts = batch.split(math.ceil(len(batch.ids_BT) / self.micro_rows))
-        for part in parts:
-            inputs = Inputs.of(part, device)
+        for number, part in enumerate(parts):
+            torch.manual_seed(derive(self.settings.seed, "step", self.step, self.world.rank, number))  # dropout
+            inputs = self.inputs(part)
             with self.place.computing():
                 loss, weight = self.objective(self.model, inputs)
             (loss * self.scale if self.scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
@@ -225,6 +240,7 @@ class _Session:
                 where=f"step {self.step}, rows {', '.join(batch.rows[:4]) or 'unnamed'}",
                 fix="look at the rows' masks with the data's ledger",
             )
+        self._add_term(weight_sum)
         self.world.add_up(self.weights.summed)
         factor = 1.0 / (weight_sum * self.scale)
         norm = self.weights.norm() * factor
@@ -239,12 +255,47 @@ class _Session:
         clip = self.settings.clip_norm
         if clip is not None and norm > clip:
             factor *= clip / norm
+        if self.method is not None and type(self.method).on_gradient is not Method.on_gradient:
+            self.weights.summed *= factor
+            factor = 1.0
+            self.method.on_gradient(self.model, self._moment())
         self.optimizer.step(learning_share, factor)
+        if self.method is not None and type(self.method).on_step is not Method.on_step:
+            self.method.on_step(self.model, self._moment())
+            self.weights.publish()
         if self.place.autocast == torch.float16:
             self.good_steps += 1
             if self.good_steps % 2000 == 0:
                 self.scale *= 2
         return loss_sum / weight_sum, norm, positions
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """A micro-batch on the device, with what the frozen trunk gives for it."""
+        virtual = self.method.virtual_tokens if self.method is not None else 0
+        inputs = Inputs.of(batch, self.place.device, step=self.step, virtual_tokens=virtual)
+        if self.trunk is None:
+            return inputs
+        with self.place.computing():
+            return self.trunk.fill(self.model, inputs)
+
+    def _add_term(self, weight_sum: float) -> None:
+        """Add the gradient of the method's own term: it counts once a step, however many tokens the step has."""
+        if self.method is None:
+            return
+        with self.place.computing():
+            term = self.method.loss_term(self.model)
+        if term is None:
+            return
+        self.penalty = float(term.detach())
+        if not math.isfinite(self.penalty):
+            raise NumericError(f"the penalty of {self.method.kind} became {self.penalty}", where=f"step {self.step}")
+        (term * (weight_sum * self.scale / self.world.size)).backward()  # type: ignore[no-untyped-call]
+        self.weights.collect()
+
+    def _moment(self) -> Moment:
+        views = self.weights
+        gradients = {name: views.view(views.summed, name) for name in views.slots}
+        return Moment(self.step, self.progress(), self.settings.steps, views.release(), gradients)
 
     def _not_finite(self, what: str, value: float, batch: Batch) -> NumericError:
         """The error for a non-finite number, naming the rows of any process that alone give one."""
@@ -255,7 +306,7 @@ class _Session:
             for name, row in zip(names, batch.split(len(batch.ids_BT)), strict=True):
                 self.weights.clear()
                 with self.place.computing():
-                    loss, _ = self.objective(self.model, Inputs.of(row, self.place.device))
+                    loss, _ = self.objective(self.model, self.inputs(row))
                 if loss.requires_grad:
                     loss.backward()  # type: ignore[no-untyped-call]
                 if not (loss.isfinite() and all(one.isfinite().all() for one in self.weights.gradients())):
@@ -316,6 +367,7 @@ class _Session:
                     memory_bytes=memory_bytes(self.place.device),
                     progress=progress,
                     **({"skipped_steps": self.skipped_steps} if self.skipped_steps else {}),
+                    **({"penalty": self.penalty} if self.penalty else {}),
                 )
                 window_began, window_tokens = now, 0
         self._stop_if_asked(wishes)
@@ -417,12 +469,16 @@ class _Session:
             self.run.checkpoints,
             self.step,
             self.weights.release(),
-            self.optimizer.state(),
+            self.optimizer.state() | self._method_state(),
             state,
             parents=self.parents,
             keep=self.settings.keep_checkpoints,
         )
         self.saved_at, self.written_at = time.perf_counter(), self.step
+
+    def _method_state(self) -> dict[str, Tensor]:
+        state = self.method.state() if self.method is not None else {}
+        return {METHOD + name: value for name, value in state.items()}
 
     def expect_new(self) -> None:
         """Refuse to write a new run over one that has checkpoints."""
@@ -459,6 +515,9 @@ class _Session:
         checkpoint.put_weights(self.weights.release(), weights, folder)
         self.weights.publish()
         self.optimizer.load_state(optimizer)
+        if self.method is not None:
+            own = {name: value for name, value in optimizer.items() if name.startswith(METHOD)}
+            self.method.load_state({name.removeprefix(METHOD): value for name, value in own.items()})
         self.step, self.tokens = state["step"], state["tokens"]
         self.seconds_before, self.spent_seconds = state["seconds"], state["spent_seconds"]
         self.scale, self.good_steps, self.skipped_steps = state["scale"], state["good_steps"], state["skipped_steps"]

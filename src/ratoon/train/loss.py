@@ -32,9 +32,20 @@ class Inputs:
     position_BT: Tensor | None
     rows: tuple[str, ...]
     extra: dict[str, Any]
+    trunk_BTD: Tensor | None = None
+    """What the first `trunk_layers` blocks give for these rows (with 0: the embedded tokens), where that is known."""
+    trunk_layers: int = 0
+    step: int = 0
+    virtual_tokens: int = 0
+    """Slots at the beginning of each document that are the method's, not the text's."""
+
+    def tensor(self, name: str) -> Tensor:
+        """What stands under that name beside the rows, on their device."""
+        value = torch.as_tensor(self.extra[name])
+        return value.to(self.ids_BT.device)
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> Inputs:
+    def of(cls, batch: Batch, device: torch.device, *, step: int = 0, virtual_tokens: int = 0) -> Inputs:
         """Move a batch to `device`."""
         plain = batch.one_document_rows and bool((batch.position_BT[:, 0] == 0).all())
         return cls(
@@ -45,7 +56,22 @@ class Inputs:
             position_BT=None if plain else torch.from_numpy(batch.position_BT).to(device),
             rows=batch.rows,
             extra=batch.extra,
+            step=step,
+            virtual_tokens=virtual_tokens,
         )
+
+
+def read(model: Transformer, inputs: Inputs, routers: list[Tensor] | None = None) -> Tensor:
+    """The model's hidden states (B, T, D) of the rows, from where their trunk ends."""
+    hidden_BTD: Tensor = model(
+        inputs.ids_BT,
+        inputs.position_BT,
+        inputs.document_BT,
+        routers=routers,
+        trunk_BTD=inputs.trunk_BTD,
+        trunk_layers=inputs.trunk_layers,
+    )
+    return hidden_BTD
 
 
 def next_token(model: Transformer, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -55,7 +81,7 @@ def next_token(model: Transformer, inputs: Inputs) -> tuple[Tensor, Tensor]:
     same sum as one batch.
     """
     routers: list[Tensor] | None = [] if model.cfg.moe is not None else None
-    hidden_BTD = model(inputs.ids_BT, inputs.position_BT, inputs.document_BT, routers=routers)
+    hidden_BTD = read(model, inputs, routers)
     loss = cross_entropy(model, hidden_BTD, inputs.targets_BT, inputs.weight_BT)
     if routers and model.cfg.moe is not None and model.cfg.moe.balance_weight:
         keep_BT = None if inputs.document_BT is None else inputs.document_BT >= 0
