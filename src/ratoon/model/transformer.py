@@ -93,6 +93,10 @@ class Reading:
     position_BT: Tensor | None = None
     first_BT: Tensor | None = None
     last_BT: Tensor | None = None
+    start: int = 0
+    """The place of the first token where `position_BT` is absent."""
+    inside: bool = False
+    """The C code norms and turns queries and keys itself."""
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -214,6 +218,9 @@ class Attention(nn.Module):
         normed = cfg.qk_norm != "none" and not cross
         self.q_norm = Norm(cfg, cfg.channels) if normed else None
         self.k_norm = Norm(cfg, cfg.channels) if normed else None
+        self.prefix: nn.Module | None = None
+        """Prefix tuning: `prefix(k_BTKC, v_BTKC, start, position_BT)` puts learned keys and values, neither normed nor
+        turned, into a document's first slots."""
 
     def forward(self, x_BTD: Tensor, reading: Reading, cache: Cache | None, memory_BSD: Tensor | None) -> Tensor:
         B, T, _ = x_BTD.shape
@@ -228,9 +235,11 @@ class Attention(nn.Module):
             keep, causal = reading.keep_memory, False
         else:
             k_BTKC = self.k(x_BTD).view(B, T, cfg.kv, cfg.channels)
-            v_BKSC = self.v(x_BTD).view(B, T, cfg.kv, cfg.channels).transpose(1, 2)
+            v_BTKC = self.v(x_BTD).view(B, T, cfg.kv, cfg.channels)
             q_BTHC, k_BTKC = self._place(q_BTHC, k_BTKC, reading)
-            q_BHTC, k_BKSC = q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2)
+            if self.prefix is not None:
+                k_BTKC, v_BTKC = self.prefix(k_BTKC, v_BTKC, reading.start, reading.position_BT)
+            q_BHTC, k_BKSC, v_BKSC = (x.transpose(1, 2) for x in (q_BTHC, k_BTKC, v_BTKC))
             if cache is not None:
                 k_BKSC, v_BKSC = cache.extend(self.layer, k_BKSC, v_BKSC)
             keep, causal = reading.keep[self.window], cfg.causal
@@ -243,13 +252,16 @@ class Attention(nn.Module):
     def _fused(self, x_BTD: Tensor, reading: Reading) -> Tensor:
         """What the heads mixed (B, T, H·C), by the C code."""
         cfg = self.cfg
-        inside = fused.turns_inside(cfg)
+        inside = reading.inside
         qkv_BTX = self._project(x_BTD)
         if not inside:
             B, T, _ = qkv_BTX.shape
             heads_BTNC = qkv_BTX.view(B, T, cfg.heads + 2 * cfg.kv, cfg.channels)
             q_BTHC, k_BTKC, v_BTKC = torch.split(heads_BTNC, [cfg.heads, cfg.kv, cfg.kv], dim=2)
-            qkv_BTX = torch.cat([*self._place(q_BTHC, k_BTKC, reading), v_BTKC], dim=2).view(B, T, -1)
+            q_BTHC, k_BTKC = self._place(q_BTHC, k_BTKC, reading)
+            if self.prefix is not None:
+                k_BTKC, v_BTKC = self.prefix(k_BTKC, v_BTKC, reading.start, reading.position_BT)
+            qkv_BTX = torch.cat([q_BTHC, k_BTKC, v_BTKC], dim=2).view(B, T, -1)
         return fused.attend(
             qkv_BTX,
             self._rope(reading) if inside else None,
@@ -536,13 +548,14 @@ class Transformer(nn.Module):
         if cache is None and fused.fits(self.cfg, x_BTD):
             first_BT = None if document_BT is None else fused.run_starts(document_BT)
             last_BT = None if document_BT is None or self.cfg.causal else fused.run_ends(document_BT)
-            if fused.turns_inside(self.cfg):
+            inside = fused.turns_inside(self.cfg) and not self._has_prefix()
+            if inside:
                 rope, rope_local = (
                     None if one is None else one.tables(x_BTD.device, torch.float32) for one in rotaries
                 )
             else:
                 rope, rope_local = (_angles(one, x_BTD, 0, position_BT) for one in rotaries)
-            return Reading(rope, rope_local, {}, keep_memory, True, position_BT, first_BT, last_BT)
+            return Reading(rope, rope_local, {}, keep_memory, True, position_BT, first_BT, last_BT, inside=inside)
         rope, rope_local = (_angles(one, x_BTD, start, position_BT) for one in rotaries)
         document_BS = cache.mark(T, document_BT) if cache is not None else document_BT
         if document_BT is None and document_BS is not None:
@@ -559,7 +572,11 @@ class Transformer(nn.Module):
             )
             for window in {self.cfg.window(layer) for layer in range(self.cfg.layers)}
         }
-        return Reading(rope, rope_local, keep, keep_memory)
+        return Reading(rope, rope_local, keep, keep_memory, position_BT=position_BT, start=start)
+
+    def _has_prefix(self) -> bool:
+        """Whether a layer has learned keys and values, which are put in after the rotation."""
+        return any(isinstance(block, Block) and block.attention.prefix is not None for block in self.layers)
 
     def head_weight(self) -> Tensor:
         """The matrix (V, D) that turns hidden states into scores; the embedding's own where they are tied."""
