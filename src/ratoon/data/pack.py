@@ -1,14 +1,17 @@
 """The one packer: how documents and examples become rows.
 
 Two policies. A *stream* cuts the shards into rows of equal length, and a document goes on over a row's border. *Whole*
-examples are laid side by side in rows, and none is cut. In both, attention never crosses documents, no token is lost
-and none is learned twice.
+examples (`tasks/example.py`) are laid side by side in rows, and none is cut. In both, attention never crosses
+documents, no token is lost and none is learned twice. Whether a long example is cut or left out is decided before,
+by its task.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +19,7 @@ import numpy.typing as npt
 from ratoon.base.errors import DataError
 from ratoon.data.batch import IGNORED, Batch
 from ratoon.data.shards import Shards
+from ratoon.tasks.example import Example as Example
 
 
 @dataclass(frozen=True)
@@ -107,74 +111,185 @@ def stream_rows(shards: Shards, grid: Grid, rows: npt.NDArray[np.int64], row_tok
     )
 
 
-@dataclass(frozen=True)
-class Example:
-    """Tokens that stay together in one row. `weight[i]` is how much predicting ids[i + 1] from ids[: i + 1] counts."""
-
-    ids: Sequence[int]
-    weight: Sequence[float]
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        assert len(self.weight) >= len(self.ids) - 1, "a weight for each prediction"
-
-
-def pack_whole(examples: Sequence[Example], row_tokens: int) -> list[list[int]]:
+def pack_whole(
+    examples: Sequence[Example], row_tokens: int, *, leading: int = 0, source_tokens: int | None = None
+) -> list[list[int]]:
     """Which examples share a row: best fit, longest first; returns lists of example numbers.
 
-    An example of n ids takes n - 1 places, since its last id is only a target. Raises `DataError` for one that is
-    longer than a row (whether to cut, split or leave it out is the task's decision, made before), for an empty one
-    and for a weight that is not finite.
+    A next-token example of n ids takes n - 1 places, since its last id is only a target; a labelled one takes n; what
+    stands beside it shares its row. `leading` virtual slots are added to each document. Where examples have sources,
+    the row beside has room for `source_tokens` of them (absent: as many as `row_tokens`), and both sides must fit.
+    Raises `DataError` for an example that is longer than a row (whether to cut, split or leave it out is the task's
+    decision, made before), for an empty one, for numbers that are not finite, and where only some have a source or
+    vectors differ in length.
     """
-    for number, example in enumerate(examples):
-        if not len(example.ids) or not np.isfinite(np.asarray(example.weight, np.float64)).all():
-            raise DataError(
-                "an example has a weight that is no number" if len(example.ids) else "an example has no tokens",
-                where=example.name or f"example {number}",
-                expected="at least one token, and finite weights",
-                fix="leave the example out, or mend what made it",
-            )
-    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].ids), i))
+    source_row = row_tokens if source_tokens is None else source_tokens
+    _check(examples)
+    needs = [example.places + leading * len(_documents(example)) for example in examples]
+    sources = [sum(len(document.source or ()) for document in _documents(example)) for example in examples]
+    order = sorted(range(len(examples)), key=lambda i: (-max(needs[i], sources[i]), i))
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}
+    opened = _OpenRows()
     for number in order:
-        need = max(1, len(examples[number].ids) - 1)
-        if need > row_tokens:
-            raise DataError(
-                f"an example has {len(examples[number].ids):,} tokens",
-                where=examples[number].name or f"example {number}",
-                expected=f"at most {row_tokens + 1}",
-                fix="state a policy for long rows, or lengthen context_tokens",
-            )
-        room = min((r for r, waiting in by_room.items() if r >= need and waiting), default=None)
-        if room is None:
+        need, source_need = needs[number], sources[number]
+        if need > row_tokens or source_need > source_row:
+            _refuse_long(examples[number], number, need - row_tokens, source_need - source_row)
+        found = opened.take(need, source_need)
+        if found is None:
             rows.append([number])
-            row, left = len(rows) - 1, row_tokens - need
+            found = len(rows) - 1, row_tokens, source_row
         else:
-            row = by_room[room].pop()
-            rows[row].append(number)
-            left = room - need
-        by_room.setdefault(left, []).append(row)
+            rows[found[0]].append(number)
+        row, room, source_room = found
+        opened.put(row, room - need, source_room - source_need)
     return rows
 
 
-def whole_rows(examples: Sequence[Example], rows: Sequence[Sequence[int]], row_tokens: int) -> Batch:
-    """Rows of whole examples, as `pack_whole` shared them out, as a Batch; free places are padding."""
+class _OpenRows:
+    """Rows that have room left, by the room in them and then by the room in their row of sources."""
+
+    def __init__(self) -> None:
+        self._by_room: dict[int, dict[int, list[int]]] = {}
+        self._rooms: list[int] = []  # the keys in order: the least room that suffices is found without looking at all
+
+    def put(self, row: int, room: int, source_room: int) -> None:
+        if not room:
+            return
+        if room not in self._by_room:
+            bisect.insort(self._rooms, room)
+            self._by_room[room] = {}
+        self._by_room[room].setdefault(source_room, []).append(row)
+
+    def take(self, need: int, source_need: int) -> tuple[int, int, int] | None:
+        """A row with the least room that both sides fit into, and the two rooms it had; it is open no more."""
+        for place in range(bisect.bisect_left(self._rooms, need), len(self._rooms)):
+            room = self._rooms[place]
+            by_source = self._by_room[room]
+            source_room = min((one for one in by_source if one >= source_need), default=None)
+            if source_room is None:
+                continue
+            row = by_source[source_room].pop()
+            if not by_source[source_room]:
+                del by_source[source_room]
+            if not by_source:
+                del self._by_room[room], self._rooms[place]
+            return row, room, source_room
+        return None
+
+
+def _documents(example: Example) -> list[Example]:
+    """The example and what stands beside it, in the row's order."""
+    found, one = [], example
+    while True:
+        found.append(one)
+        if one.beside is None:
+            return found
+        one = one.beside
+
+
+def _check(examples: Sequence[Example]) -> None:
+    """Raises `DataError` for an example that no row can hold."""
+    whole = [(number, document) for number, example in enumerate(examples) for document in _documents(example)]
+    with_source = any(document.source is not None for _, document in whole)
+    width = next((len(document.vector) for _, document in whole if document.vector is not None), 0)
+    for number, document in whole:
+        wrong = None
+        if not len(document.ids):
+            wrong = "an example has no tokens"
+        elif not np.isfinite(np.asarray(document.weight, np.float64)).all():
+            wrong = "an example has a weight that is no number"
+        elif document.vector is not None and not np.isfinite(np.asarray(document.vector, np.float64)).all():
+            wrong = "what is asked of an example is no number"
+        elif with_source and not len(document.source or ()):
+            wrong = "an example has no source, and others have one"
+        elif document.vector is not None and len(document.vector) != width:
+            wrong = f"an example is asked for {len(document.vector)} numbers, those before it for {width}"
+        if wrong is not None:
+            raise DataError(
+                wrong,
+                where=document.name or examples[number].name or f"example {number}",
+                expected="at least one token, finite weights, and what the other examples have",
+                fix="leave the example out, or mend what made it",
+            )
+
+
+def _refuse_long(example: Example, number: int, too_many: int, source_too_many: int) -> NoReturn:
+    """Raises `DataError` saying how many tokens this example may have, given what stands beside it."""
+    own = too_many > 0
+    tokens = len(example.ids) if own else len(example.source or ())
+    raise DataError(
+        f"an example has {tokens:,} tokens" if own else f"an example's source has {tokens:,} tokens",
+        where=example.name or f"example {number}",
+        expected=f"at most {max(0, tokens - (too_many if own else source_too_many)):,}",
+        fix="state a policy for long rows, or lengthen context_tokens",
+    )
+
+
+def whole_rows(
+    examples: Sequence[Example],
+    rows: Sequence[Sequence[int]],
+    row_tokens: int,
+    *,
+    leading: int = 0,
+    source_tokens: int | None = None,
+    numbers: Sequence[int] | None = None,
+) -> Batch:
+    """Rows of whole examples, as `pack_whole` shared them out, as a Batch; free places are padding.
+
+    Each document begins with `leading` virtual slots (id 0, nothing learned), which its positions count. `extra` holds
+    `number_B`, the rows' numbers among all that were packed (`numbers`; absent: 0, 1, …); `vector_BMK` where examples
+    have vectors, by document number (M: most documents of a row; a document without one has zeros); `source_BS` and
+    `source_document_BS` where they have sources: the same document numbers as in the row, padding -1.
+    """
     shape = (len(rows), row_tokens)
     ids, targets = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     weight, position = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
-    document = np.full(shape, IGNORED, np.int32)
-    for r, members in enumerate(rows):
+    document_of = np.full(shape, IGNORED, np.int32)
+    laid = [[document for number in members for document in _documents(examples[number])] for members in rows]
+    for r, documents in enumerate(laid):
         at = 0
-        for d, number in enumerate(members):
-            example = examples[number]
-            n = max(1, len(example.ids) - 1)
-            ids[r, at : at + n] = example.ids[:n]
-            learned = len(example.ids) - 1
-            targets[r, at : at + learned] = example.ids[1:]
-            weight[r, at : at + learned] = example.weight[:learned]
-            document[r, at : at + n] = d
-            position[r, at : at + n] = np.arange(n)
-            at += n
+        for d, one in enumerate(documents):
+            begin = at + leading
+            at = begin + _own_places(one)
+            document_of[r, begin - leading : at] = d
+            position[r, begin - leading : at] = np.arange(at - begin + leading)
+            ids[r, begin:at] = one.ids[: at - begin]
+            asked = one.ids[1:] if one.targets is None else one.targets
+            targets[r, begin : begin + len(asked)] = asked
+            weight[r, begin : begin + len(asked)] = one.weight[: len(asked)]
+    extra: dict[str, Any] = {"number_B": np.asarray(range(len(rows)) if numbers is None else numbers, np.int64)}
+    extra |= _vectors(laid) | _sources(laid, row_tokens if source_tokens is None else source_tokens)
     names = tuple(", ".join(examples[number].name for number in members) for members in rows)
-    return Batch(ids, targets, weight, document, position, names)
+    return Batch(ids, targets, weight, document_of, position, names, extra)
+
+
+def _own_places(document: Example) -> int:
+    """Slots of a document alone, without what stands beside it."""
+    return document.places - (0 if document.beside is None else document.beside.places)
+
+
+def _vectors(laid: Sequence[Sequence[Example]]) -> dict[str, Any]:
+    width = next((len(one.vector) for row in laid for one in row if one.vector is not None), None)
+    if width is None:
+        return {}
+    vector = np.zeros((len(laid), max(len(row) for row in laid), width), np.float32)
+    for r, row in enumerate(laid):
+        for d, one in enumerate(row):
+            if one.vector is not None:
+                vector[r, d] = one.vector
+    return {"vector_BMK": vector}
+
+
+def _sources(laid: Sequence[Sequence[Example]], source_tokens: int) -> dict[str, Any]:
+    if not any(one.source is not None for row in laid for one in row):
+        return {}
+    source = np.zeros((len(laid), source_tokens), np.int64)
+    document_of = np.full(source.shape, IGNORED, np.int32)
+    for r, row in enumerate(laid):
+        at = 0
+        for d, one in enumerate(row):
+            read = one.source or ()
+            source[r, at : at + len(read)] = read
+            document_of[r, at : at + len(read)] = d
+            at += len(read)
+    return {"source_BS": source, "source_document_BS": document_of}
