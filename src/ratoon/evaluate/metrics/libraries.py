@@ -16,6 +16,6 @@ def library(name: str) -> Any:
         missing = (error.name or name).partition(".")[0]
         raise ConfigError(
             f"the library '{missing}' is not installed",
-            expected="the libraries of the extra [eval] (sacrebleu, nltk, rouge-score)",
+            expected="the libraries of the extra [eval] (sacrebleu, nltk, rouge-score, scikit-learn)",
             fix="pip install 'ratoon[eval]'",
         ) from error
