@@ -189,14 +189,9 @@ def _spoken_line(value: Any) -> bool:
 _FROM, _ROLE = _turns("from", ("value", "content")), _turns("role", ("content", "tool_calls"))
 _CHATS = ("messages", "conversations", "conversation")
 _PROMPT = ("prompt", "question", "instruction", "query")
-_LABEL = _Part(
-    "label",
-    ("label", "labels", "category", "intent", "class", "target", "sentiment", "score", "rating", "正负面"),
-    _any,
-)
-_TEXT = _Part(
-    "text", ("text", "sentence", "content", "review", "document", "title", "query", "question", "标题"), _text
-)
+_LABELS = ("label", "labels", "category", "intent", "class", "target", "sentiment", "score", "rating", "正负面")
+_TEXTS = ("text", "sentence", "content", "review", "document", "title", "query", "question", "标题")
+_LABEL, _TEXT = _Part("label", _LABELS, _any), _Part("text", _TEXTS, _text)
 _SYSTEM, _TOOLS = _Part("system", ("system",), _any), _Part("tools", ("tools",), _any)
 _INPUT, _HISTORY = _Part("input", ("input",), _text), _Part("history", ("history",), _list)
 
