@@ -44,24 +44,42 @@ class Head:
 @dataclass(frozen=True)
 class Encoded:
     """A record as tokens: its examples (several where it was split, none where it was dropped), and what became of
-    the tokens that the whole would have had. `rendered_tokens` = those in `examples` (once each) + `cut_tokens`."""
+    the tokens that the whole would have had.
+
+    `rendered_tokens` + `repeated_tokens` = `held_tokens` + `cut_tokens`. Repeated are those that stand in more than one
+    example, once for each time after the first: the overlap of windows, the question before each of them, a system text
+    before each piece of a dialogue. What was dropped counts as cut.
+    """
 
     examples: list[Example]
     rendered_tokens: int
     cut_tokens: int = 0
     reason: str | None = None
     """Why something was cut, split or dropped."""
+    repeated_tokens: int = 0
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens in the examples: their ids and sources, and what stands beside them."""
+        return sum(tokens_of(example) for example in self.examples)
+
+
+def tokens_of(example: Example) -> int:
+    """Ids and source tokens of an example and of what stands beside it."""
+    own = len(example.ids) + len(example.source or ())
+    return own if example.beside is None else own + tokens_of(example.beside)
 
 
 @dataclass(frozen=True)
 class Question:
     """What a model is asked in order to answer a record, for tasks that are decoded token by token: the ids before the
-    answer. `source`: what an encoder reads instead."""
+    answer. `source`: what an encoder reads instead. `cut_tokens`: tokens that were cut so that an answer fits."""
 
     ids: list[int]
     source: list[int] | None = None
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()
+    cut_tokens: int = 0
 
 
 class TaskSettings(Settings):
@@ -81,8 +99,8 @@ class Task(ABC, Generic[R]):
 
     kind: ClassVar[str]
     version: ClassVar[int] = 1
-    objective: ClassVar[str] = "next_token"
-    measure: ClassVar[str]
+    objective: str = "next_token"
+    measure: str
     settings_type: ClassVar[type[TaskSettings]] = TaskSettings
 
     def __init__(self, settings: TaskSettings | None = None) -> None:
@@ -141,8 +159,14 @@ class Task(ABC, Generic[R]):
 
     # -- without a head ----------------------------------------------------------------------------------------------
 
-    def question(self, record: R, tokenizer: Tokenizer, *, room_tokens: int) -> Question:
-        """What the model is asked; rendered as in training, so that it is asked as it was taught."""
+    def question(
+        self, record: R, tokenizer: Tokenizer, *, room_tokens: int, too_long: TooLong = "cut-left"
+    ) -> Question:
+        """What the model is asked, token for token what stands before the answer in training.
+
+        Prompt and answer have `room_tokens` together; `too_long` says which end of the source is lost where both do
+        not fit (split: the right one), and the question says how many tokens were.
+        """
         raise NotImplementedError(f"{self.kind} is answered by a head")
 
     def read_answer(self, record: R, text: str) -> Any:
