@@ -472,7 +472,7 @@ class Transformer(nn.Module):
         """
         if trunk_BTD is None:
             assert not trunk_layers
-            trunk_BTD = self._embedded(ids_BT, cache.length if cache is not None else 0, position_BT)
+            trunk_BTD = self.embedded(ids_BT, position_BT, cache.length if cache is not None else 0)
         start = cache.length if cache is not None else 0
         reading = self._reading(trunk_BTD, start, position_BT, document_BT, cache, memory_document_BS)
         x_BTD = self._through(trunk_BTD, reading, range(trunk_layers, len(self.layers)), cache, memory_BSD, routers)
@@ -486,7 +486,7 @@ class Transformer(nn.Module):
         self, ids_BT: Tensor, layers: int, position_BT: Tensor | None = None, document_BT: Tensor | None = None
     ) -> Tensor:
         """The stream (B, T, D) behind the first `layers` blocks, without a gradient: what a frozen trunk computes."""
-        x_BTD = self._embedded(ids_BT, 0, position_BT)
+        x_BTD = self.embedded(ids_BT, position_BT)
         reading = self._reading(x_BTD, 0, position_BT, document_BT, None, None)
         return self._through(x_BTD, reading, range(layers), None, None, None)
 
@@ -509,7 +509,7 @@ class Transformer(nn.Module):
                 routers.append(router)
         return x_BTD
 
-    def _embedded(self, ids_BT: Tensor, start: int, position_BT: Tensor | None) -> Tensor:
+    def embedded(self, ids_BT: Tensor, position_BT: Tensor | None = None, start: int = 0) -> Tensor:
         """The stream before the first block (B, T, D)."""
         T = ids_BT.shape[1]
         if is_plain(self.embed) and self.embed.weight.requires_grad and fused.runs_on(self.embed.weight):

@@ -87,3 +87,24 @@ class TrainSettings(Settings):
             for key, (idle, other) in unread.items()
             if idle and getattr(self, key) != type(self).model_fields[key].default
         ]
+
+
+class NoiseSettings(Settings):
+    """What makes training harder, so that the model stands more afterwards."""
+
+    neftune_alpha: float | None = Field(
+        None, gt=0, description="uniform noise on the embeddings of a text, at most alpha / √(tokens · width)"
+    )
+    adversarial_epsilon: float | None = Field(
+        None, gt=0, description="each micro-batch is learned again with embeddings moved so far against it"
+    )
+    perturbed_copies: int = Field(0, ge=0, description="so many perturbed copies of each training record beside it")
+    perturb: tuple[str, ...] = Field(
+        ("typos", "swaps", "drops"), description="how copies are perturbed, in turn; read with perturbed_copies"
+    )
+    strength: float = Field(0.1, gt=0, le=1, description="share of the places touched; read with perturbed_copies")
+
+    @property
+    def on_embeddings(self) -> bool:
+        """Whether anything happens to the embeddings."""
+        return self.neftune_alpha is not None or self.adversarial_epsilon is not None

@@ -1,4 +1,4 @@
-"""The recipe: everything a run is told, in one typed table; and what is derived when it is not told.
+"""The recipe of a pretraining run: everything it is told, in one typed table, and what is derived when it is not told.
 
 Free of torch. Decides keys, defaults and derivations; what the settings do is decided on the floors they belong to.
 """
@@ -158,26 +158,38 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def read_table(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """What a YAML file, a shipped recipe's name or a table says, and where it stands. Raises `ConfigError`."""
+    if isinstance(recipe, Mapping):
+        return dict(recipe), "recipe"
+    path = Path(recipe)
+    if not path.is_file() and str(recipe) in shipped():
+        path = shipped()[str(recipe)]
+    if not path.is_file():
+        near = difflib.get_close_matches(str(recipe), shipped(), n=1)
+        raise ConfigError(
+            f"there is no recipe '{recipe}'",
+            where=path,
+            expected=f"did you mean '{near[0]}'?" if near else "a YAML file, or one of: " + ", ".join(shipped()),
+            fix="`ratoon recipes` lists those that ship",
+        )
+    return read_yaml(path), str(path)
+
+
+def _named(recipe: Any) -> str:
+    return str(recipe) if isinstance(recipe, str | os.PathLike) else "RECIPE"
+
+
 def load(recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A YAML file, a shipped recipe's name or a table, with dotted `overrides`, as a Recipe.
 
     Raises `ConfigError` naming file, line and key for whatever does not fit.
     """
-    if isinstance(recipe, Mapping):
-        table, where = dict(recipe), "recipe"
-    else:
-        path = Path(recipe)
-        if not path.is_file() and str(recipe) in shipped():
-            path = shipped()[str(recipe)]
-        if not path.is_file():
-            near = difflib.get_close_matches(str(recipe), shipped(), n=1)
-            raise ConfigError(
-                f"there is no recipe '{recipe}'",
-                where=path,
-                expected=f"did you mean '{near[0]}'?" if near else "a YAML file, or one of: " + ", ".join(shipped()),
-                fix="`ratoon recipes` lists those that ship",
-            )
-        table, where = read_yaml(path), str(path)
+    table, where = read_table(recipe)
+    if "task" in table:
+        raise ConfigError(
+            "the recipe has a task: it fine-tunes a model", where=where, fix=f"ratoon finetune {_named(recipe)}"
+        )
     merged = merge(table, dict(overrides or {}))
     replaced = _replace(merged, overrides or {})
     found = build(Recipe, merged, where=where)

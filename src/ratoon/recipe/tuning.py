@@ -1,0 +1,176 @@
+"""The recipe of a fine-tuning run: a base, a task, its rows, a method; and what is derived when it is not told.
+
+Free of torch. Decides keys, defaults and derivations; what the settings of a task or a method are is decided in their
+own files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ratoon.base.errors import ConfigError
+from ratoon.base.settings import Settings, build, merge
+from ratoon.data.records import RecordSettings
+from ratoon.recipe.pretraining import Derived, Table, read_table
+from ratoon.train.settings import NoiseSettings, TrainSettings
+
+EXAMPLES_A_STEP = 32
+LEARNING_RATES = {"full": 5e-5, "lora": 5e-4, "adalora": 1e-3, "ia3": 5e-3, "houlsby": 5e-4, "pfeiffer": 5e-4,
+                  "prefix": 5e-3, "prompt": 3e-2}  # fmt: skip
+FROM_NOTHING = 1e-3
+"""Peak learning rate of a model that begins with random weights."""
+
+
+class TunedModel(Settings):
+    """The model that is fine-tuned, and how it reads."""
+
+    base: str | None = Field(None, description="a run, a folder, a GGUF file, or a name of the catalogue")
+    adapter: str | None = Field(None, description="go on with an adapter that was made for this base")
+    architecture: Literal["decoder", "encoder-decoder"] = Field(
+        "decoder", description="encoder-decoder: a new sequence-to-sequence model with random weights, see `settings`"
+    )
+    settings: Table = Field({}, description="encoder-decoder: layers, widths; see `ratoon schema model.settings`")
+    tokenizer: str | None = Field(
+        None, description="encoder-decoder: whose tokenizer; absent: one is trained on the rows"
+    )
+    vocab_size: int = Field(8000, ge=259, description="encoder-decoder: tokens of the tokenizer that is trained")
+    attention: Literal["causal", "both"] = Field(
+        "causal", description="both: each token sees the whole text (tasks with a head); causal: what is before it"
+    )
+    pooling: Literal["last", "mean", "attention"] = Field(
+        "last", description="which tokens the head of a whole text reads"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> TunedModel:
+        new = self.architecture == "encoder-decoder"
+        if new == (self.base is not None):
+            raise ValueError(
+                "give 'base', or architecture: encoder-decoder, which begins anew"
+                if not new
+                else "an encoder-decoder begins anew: it has no 'base'"
+            )
+        if not new and (self.settings or self.tokenizer):
+            raise ValueError("'settings' and 'tokenizer' are for a new encoder-decoder; a base has its own")
+        if new and (self.attention != "causal" or self.pooling != "last" or self.adapter):
+            raise ValueError("an encoder-decoder has neither 'attention', 'pooling' nor 'adapter'")
+        return self
+
+
+class TuneRecipe(Settings):
+    """A fine-tuning run."""
+
+    _where: str = "recipe"
+
+    name: str = Field("tuned", description="the run's folder is runs/<name>")
+    language: Literal["en", "zh"] = Field("en", description="language of the texts, for measures, and of the page")
+    seed: int = Field(1, ge=0, description="the one seed; every use of chance has its own stream under it")
+    task: Table = Field(description="`kind` names the task, other keys are its settings; see the tables `task.…`")
+    data: RecordSettings
+    model: TunedModel
+    method: Table = Field({"kind": "full"}, description="`kind` names the method, other keys are its settings")
+    epochs: float | None = Field(None, gt=0, description="passes over the rows; absent: 3, or as train.steps says")
+    train: Table = Field({}, description="see the table `train`")
+    noise: NoiseSettings = NoiseSettings()
+    merge: bool = Field(False, description="fold the adapter into the base's weights at the end")
+    keep_trunk: bool = Field(
+        True, description="what frozen lower blocks compute is kept on disk during the run and read again"
+    )
+    track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        (), description="trackers beside metrics.jsonl"
+    )
+
+
+@dataclass(frozen=True)
+class TunePlan:
+    """A recipe with everything settled but what the number of rows decides."""
+
+    recipe: TuneRecipe
+    derived: tuple[Derived, ...]
+
+    def train_settings(self, *, rows_an_epoch: int, examples: int) -> tuple[TrainSettings, tuple[Derived, ...]]:
+        """The settings of the loop, for so many rows and examples. Raises `ConfigError` for what does not fit."""
+        recipe = self.recipe
+        table = merge(recipe.train, {})
+        derived: list[Derived] = []
+
+        def settle(key: str, value: Any, reason: str) -> None:
+            if table.get(key) is None:
+                table[key] = value
+                derived.append(Derived(f"train.{key}", value, reason))
+
+        new = recipe.model.architecture == "encoder-decoder"
+        kind = str(recipe.method.get("kind", "full"))
+        each = examples / rows_an_epoch
+        rows = max(1, round(EXAMPLES_A_STEP / each))
+        settle(
+            "rows", min(rows, max(1, rows_an_epoch // 2)), f"about {EXAMPLES_A_STEP} examples a step, {each:.1f} a row"
+        )
+        if table.get("steps") is None and table.get("budget_minutes") is None:
+            epochs = recipe.epochs if recipe.epochs is not None else 3
+            steps = max(1, -(-round(epochs * rows_an_epoch) // int(table["rows"])))
+            settle("steps", steps, f"{epochs:g} epochs of {rows_an_epoch:,} rows")
+        settle("seed", recipe.seed, "the recipe's seed")
+        settle("optimizer", "muon" if new else "adamw", "new weights" if new else "fine-tuning")
+        rate = FROM_NOTHING if new else LEARNING_RATES.get(kind, 5e-4)
+        settle("learning_rate", rate, "new weights" if new else f"method {kind}")
+        settle("schedule", "wsd" if new else "cosine", "new weights" if new else "fine-tuning")
+        settle("weight_decay", 0.1 if new else 0.01, "new weights" if new else "fine-tuning")
+        if table.get("steps") is not None:
+            settle("warmup_steps", int(table["steps"]) // 10, "a tenth of the steps")
+        if table.get("evaluate_every_steps") is None and table.get("steps") is not None:
+            epoch = max(1, round(rows_an_epoch / int(table["rows"])))
+            settle("evaluate_every_steps", min(epoch, int(table["steps"])), "each epoch")
+        return build(TrainSettings, table, where=recipe._where, within="train"), tuple(derived)
+
+    @property
+    def context_tokens(self) -> int:
+        """Places of a row."""
+        return int(self.recipe.train.get("context_tokens") or TrainSettings.model_fields["context_tokens"].default)
+
+    def as_dict(self, train: TrainSettings | None = None) -> dict[str, Any]:
+        """The resolved recipe, as it is written into the run's folder."""
+        table = self.recipe.model_dump(mode="json", exclude_defaults=False)
+        if train is not None:
+            table["train"] = train.model_dump(mode="json")
+            table["epochs"] = None
+        return table
+
+
+def load_tuning(
+    recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> TuneRecipe:
+    """A YAML file, a shipped recipe's name or a table, with dotted `overrides`, as a TuneRecipe.
+
+    Raises `ConfigError` naming file, line and key for whatever does not fit.
+    """
+    table, where = read_table(recipe)
+    merged = merge(table, dict(overrides or {}))
+    if "task" not in merged:
+        raise ConfigError(
+            "the recipe has no task: it pretrains a model",
+            where=where,
+            expected="a table `task` with its `kind`",
+            fix="ratoon pretrain runs it; `ratoon recipes` lists those with a task",
+        )
+    found = build(TuneRecipe, merged, where=where)
+    found._where = where
+    return found
+
+
+def settle_tuning(recipe: TuneRecipe) -> TunePlan:
+    """Check what can be checked before a row is read. Raises `ConfigError` with file, line and key."""
+    probe = merge(recipe.train, {})
+    if probe.get("steps") is None and probe.get("budget_minutes") is None:
+        probe["steps"] = 1_000_000_000
+    build(TrainSettings, probe, where=recipe._where, within="train")
+    if recipe.epochs is not None and (recipe.train.get("steps") or recipe.train.get("budget_minutes")):
+        raise ConfigError(
+            "epochs and train.steps (or train.budget_minutes) are both given", where=recipe._where, fix="give one"
+        )
+    return TunePlan(recipe, ())
