@@ -9,8 +9,9 @@ import torch
 
 import little
 from ratoon.model.config import ModelConfig
+from ratoon.model.encoder_decoder import EncoderDecoder
 from ratoon.model.init import init_weights
-from ratoon.model.transformer import EncoderDecoder, Transformer
+from ratoon.model.transformer import Transformer
 from test_model_attention import TORCH_LIKE, VARIANTS
 
 WIDE: dict[str, Any] = {"vocab_size": 400, "width": 128, "heads": 4, "kv_heads": 2, "mlp_width": 300, "init_std": 0.05}

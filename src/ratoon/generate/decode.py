@@ -19,8 +19,9 @@ from ratoon.generate.native import MOST_ROWS, NativeStep
 from ratoon.generate.rows import Ends, Finish, Generated, MakeDecoder, Move, Row, Strategy, fit
 from ratoon.generate.sample import Sampling, draw, penalize_repetition, row_streams, warp
 from ratoon.model.cache import Cache
+from ratoon.model.encoder_decoder import EncoderDecoder
 from ratoon.model.native import Unavailable
-from ratoon.model.transformer import EncoderDecoder, Transformer
+from ratoon.model.transformer import Transformer
 
 Kernel = Literal["auto", "native", "torch"]
 BATCH_ROWS = 16

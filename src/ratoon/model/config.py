@@ -6,11 +6,14 @@ Decides which architectures can be said. How a foreign `config.json` maps to thi
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from ratoon.base.settings import Settings
+
+OWN_FAMILY = "ratoon-encoder-decoder"
+"""The family of both parts of an encoder-decoder: no family of Transformers is written so."""
 
 
 class RopeScaling(Settings):
@@ -168,3 +171,40 @@ class ModelConfig(Settings):
         if self.norm == "layer" and self.norm_weight != "plain":
             raise ValueError("norm_weight is a setting of RMS norm; with layer norm it stays 'plain'")
         return self
+
+
+class EncoderDecoderSettings(Settings):
+    """The shape of an encoder-decoder of pre-norm blocks with rotary positions, one vocabulary on both sides.
+
+    As it stands, it suits some ten thousand short pairs on two cores: 7 million parameters beside the embedding.
+    """
+
+    encoder_layers: int = Field(3, ge=1, description="blocks that read the source")
+    decoder_layers: int = Field(3, ge=1, description="blocks that write the target")
+    width: int = Field(256, ge=1, description="channels of the hidden state")
+    heads: int = Field(4, ge=1, description="heads of each attention")
+    mlp: Literal["relu2", "swiglu"] = Field("relu2", description="the MLP's activation; swiglu has a gate")
+    mlp_width: int | None = Field(None, ge=1, description="hidden width of the MLP; absent: 4 times the width")
+    context_tokens: int = Field(256, ge=2, description="the longest source and the longest target")
+    shared_embeddings: bool = Field(True, description="source, target and the scores use one table")
+
+    def configs(
+        self, vocab_size: int, *, bos_id: int, eos_ids: tuple[int, ...], pad_id: int | None = None
+    ) -> tuple[ModelConfig, ModelConfig]:
+        """The encoder's and the decoder's settings."""
+        shape: dict[str, Any] = {
+            "family": OWN_FAMILY,
+            "vocab_size": vocab_size,
+            "width": self.width,
+            "heads": self.heads,
+            "mlp": self.mlp,
+            "mlp_width": self.mlp_width or 4 * self.width,
+            "context_tokens": self.context_tokens,
+            "bos_id": bos_id,
+            "eos_ids": eos_ids,
+            "pad_id": pad_id,
+        }
+        encoder = ModelConfig(**shape, layers=self.encoder_layers, causal=False)
+        tied = self.shared_embeddings
+        decoder = ModelConfig(**shape, layers=self.decoder_layers, cross_attention=True, tied_embeddings=tied)
+        return encoder, decoder

@@ -12,7 +12,8 @@ from torch import nn
 
 from ratoon.base.seeds import derive
 from ratoon.model.config import HeadConfig
-from ratoon.model.transformer import EncoderDecoder, Experts, Norm, TaskHead, Transformer
+from ratoon.model.encoder_decoder import EncoderDecoder
+from ratoon.model.transformer import Experts, Norm, TaskHead, Transformer
 
 
 @torch.no_grad()

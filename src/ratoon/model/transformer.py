@@ -544,7 +544,9 @@ class Transformer(nn.Module):
         keep_memory = None
         if memory_document_BS is not None:
             own_BT = torch.zeros_like(x_BTD[..., 0], dtype=torch.int32) if document_BT is None else document_BT
-            keep_memory = (own_BT[:, :, None] == memory_document_BS[:, None, :])[:, None]
+            keep_BTS = own_BT[:, :, None] == memory_document_BS[:, None, :]
+            # Padding sees everything, so that no row of the softmax is empty where the sources have no padding.
+            keep_memory = (keep_BTS | (own_BT < 0)[:, :, None])[:, None]
         if cache is None and fused.fits(self.cfg, x_BTD):
             first_BT = None if document_BT is None else fused.run_starts(document_BT)
             last_BT = None if document_BT is None or self.cfg.causal else fused.run_ends(document_BT)
@@ -601,43 +603,3 @@ class Transformer(nn.Module):
         logits = F.linear(hidden_BTD, self.head_weight(), None if self.head is None else self.head.bias)
         cap = self.cfg.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-class EncoderDecoder(nn.Module):
-    """An encoder that sees its whole source and a decoder that attends to it (Vaswani et al., arXiv:1706.03762).
-
-    `encoder` has `causal=False`, `decoder` has `cross_attention=True`; both have the same width. With
-    `shared_embeddings` source and target use one table.
-    """
-
-    def __init__(self, encoder: ModelConfig, decoder: ModelConfig, *, shared_embeddings: bool = True) -> None:
-        super().__init__()
-        assert not encoder.causal and decoder.cross_attention and encoder.width == decoder.width
-        self.encoder = Transformer(encoder)
-        self.decoder = Transformer(decoder)
-        if shared_embeddings:
-            assert encoder.vocab_size == decoder.vocab_size
-            self.encoder.embed = self.decoder.embed
-
-    def encode(self, source_BS: Tensor, document_BS: Tensor | None = None) -> Tensor:
-        """Source ids (B, S) -> memory (B, S, D). Padding has document -1."""
-        hidden: Tensor = self.encoder(source_BS, document_BT=document_BS)
-        return hidden
-
-    def forward(
-        self,
-        ids_BT: Tensor,
-        source_BS: Tensor,
-        document_BT: Tensor | None = None,
-        source_document_BS: Tensor | None = None,
-    ) -> Tensor:
-        """Target ids (B, T) read beside source ids (B, S) -> the decoder's hidden states (B, T, D)."""
-        memory_BSD = self.encode(source_BS, source_document_BS)
-        hidden: Tensor = self.decoder(
-            ids_BT, document_BT=document_BT, memory_BSD=memory_BSD, memory_document_BS=source_document_BS
-        )
-        return hidden
-
-    def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Scores of every token of the target's vocabulary (…, V)."""
-        return self.decoder.logits(hidden_BTD)
