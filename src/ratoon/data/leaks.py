@@ -49,6 +49,12 @@ class Copy:
     row: int
     other: int
     similarity: float
+    place: str
+    copy_of: str
+
+    def sentence(self) -> str:
+        """The copy in words, with both places."""
+        return f"{self.place} = {self.copy_of}" + ("" if self.kind == "exact" else f" ({self.similarity:.2f} alike)")
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ class Leaks:
     def copies(self, split: str, elsewhere: str) -> list[Copy]:
         """For each row of `split` that stands `elsewhere`, the copy most like it (the first of them), in order."""
         there = self.rows_of(elsewhere)
+        mine_keyed, their_keyed = self.splits[split], self.splits[elsewhere]
         best: dict[int, tuple[float, int]] = {}
         left, right, similarity = self._near(split, elsewhere)
         for mine, other, alike in zip(left.tolist(), right.tolist(), similarity.tolist(), strict=True):
@@ -101,10 +108,10 @@ class Leaks:
             best[mine] = min(best.get(mine, candidate), candidate)
         found = []
         for row, text in enumerate(self.texts[split].tolist()):
-            if text in there:
-                found.append(Copy("exact", row, there[text][0], 1.0))
-            elif text in best:
-                found.append(Copy("near", row, best[text][1], -best[text][0]))
+            kind: Literal["exact", "near"] = "exact" if text in there else "near"
+            if text in there or text in best:
+                minus, other = (-1.0, there[text][0]) if kind == "exact" else best[text]
+                found.append(Copy(kind, row, other, -minus, mine_keyed[row].place, their_keyed[other].place))
         return found
 
     def seen(self, split: str, elsewhere: str) -> dict[str, list[str]]:
@@ -118,6 +125,17 @@ class Leaks:
     def test_ids_seen_in_training(self) -> dict[str, list[str]]:
         """`seen("test", "train")`; nothing where one of the two is not there."""
         return self.seen("test", "train") if {"test", "train"} <= self.splits.keys() else {"exact": [], "near": []}
+
+    @property
+    def between_parts(self) -> list[Copy]:
+        """The rows of every other split that stand in `train`."""
+        return [c for split in self.splits if split != "train" and "train" in self.splits
+                for c in self.copies(split, "train")]  # fmt: skip
+
+    @property
+    def training_places(self) -> set[str]:
+        """The places of all training rows that stand in validation or test, as they are or nearly."""
+        return {drop.place for drop in self.drop()} if "train" in self.splits else set()
 
     def repeated(self, split: str) -> list[Group]:
         """Texts that stand more than once in one split, with their rows; `labels` > 1 where they contradict."""
@@ -139,8 +157,8 @@ class Leaks:
                 continue
             for copy in self.copies(of, other):
                 if copy.kind == "exact" or near:
-                    reason, there = f"{copy.kind} copy of a row of {other}", self.splits[other][copy.other]
-                    found.setdefault(copy.row, Drop(copy.row, self.splits[of][copy.row].place, reason, there.place))
+                    reason = f"{copy.kind} copy of a row of {other}"
+                    found.setdefault(copy.row, Drop(copy.row, copy.place, reason, copy.copy_of))
         return [found[row] for row in sorted(found)]
 
     def _near(self, split: str, elsewhere: str) -> tuple[Ints, Ints, NDArray[np.float64]]:
@@ -168,10 +186,7 @@ class Leaks:
                 kinds[kind] = {
                     "rows": len(of_kind),
                     "with_another_label": sum(mine[c.row].label != theirs[c.other].label for c in of_kind),
-                    "places": [
-                        [mine[c.row].place, theirs[c.other].place, round(c.similarity, 4)]
-                        for c in of_kind[:SHOWN_PLACES]
-                    ],
+                    "places": [[c.place, c.copy_of, round(c.similarity, 4)] for c in of_kind[:SHOWN_PLACES]],
                 }
             between.append({"split": split, "stands_in": elsewhere, "of_rows": len(mine), **kinds})
         inside = {}
@@ -296,8 +311,8 @@ class _Sets:
         """All pairs of a text of `mine` and another of `theirs` with Jaccard >= `near`: the texts, and the Jaccard.
 
         Two such texts share one of the first |A| - ceil(near * |A|) + 1 ranks of each (prefix filter), their sizes
-        differ by no more than the factor `near` (length filter), and what is left behind the shared rank must suffice
-        (position filter).
+        differ by no more than the factor `near` (length filter), and what is left from the first shared rank on must
+        suffice (position filter).
         """
         t = near - _SLACK
         text, at, rank = self._prefixes(theirs, t)
@@ -316,7 +331,7 @@ class _Sets:
         for which, place in _spread(first, count):
             a, b = asking[which], text[place]
             total = self.sizes[a] + self.sizes[b]
-            left = 1 + np.minimum(self.sizes[a] - asked_at[which], self.sizes[b] - at[place]) - 1
+            left = np.minimum(self.sizes[a] - asked_at[which], self.sizes[b] - at[place])
             fits = (a != b) & (left >= t / (1 + t) * total - _SLACK)
             found.append(np.unique(a[fits] * len(self.sizes) + b[fits]))
         pairs = np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
