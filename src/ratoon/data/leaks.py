@@ -29,6 +29,7 @@ _CJK = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U000200
 _SLACK = 1e-9  # bounds are loosened by it, so that rounding never drops a candidate
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Leaks:
     near: float
     shingle: int
     texts: dict[str, Ints]
-    near_texts: dict[tuple[str, str], tuple[Ints, Ints, NDArray[np.float64]]]
+    near_texts: dict[tuple[str, str], tuple[Ints, Ints, Floats]]
     duplicate_ids: dict[str, dict[str, tuple[int, ...]]]
     _rows: dict[str, dict[int, list[int]]] = field(default_factory=dict, repr=False)
 
@@ -98,7 +99,7 @@ class Leaks:
         return self._rows[split]
 
     def copies(self, split: str, elsewhere: str) -> list[Copy]:
-        """For each row of `split` that stands `elsewhere`, the copy most like it (the first of them), in order."""
+        """For each row of `split` that stands `elsewhere`, in order: the row there that is most like it."""
         there = self.rows_of(elsewhere)
         mine_keyed, their_keyed = self.splits[split], self.splits[elsewhere]
         best: dict[int, tuple[float, int]] = {}
@@ -161,7 +162,7 @@ class Leaks:
                     found.setdefault(copy.row, Drop(copy.row, copy.place, reason, copy.copy_of))
         return [found[row] for row in sorted(found)]
 
-    def _near(self, split: str, elsewhere: str) -> tuple[Ints, Ints, NDArray[np.float64]]:
+    def _near(self, split: str, elsewhere: str) -> tuple[Ints, Ints, Floats]:
         if (split, elsewhere) in self.near_texts:
             return self.near_texts[split, elsewhere]
         right, left, similarity = self.near_texts[elsewhere, split]
@@ -297,7 +298,7 @@ class _Sets:
         codes, owner = _grams(texts, shingle)
         _, codes = np.unique(codes, return_inverse=True)
         self.kinds = int(codes.max()) + 1 if len(codes) else 1
-        pairs = np.unique(owner * self.kinds + codes)  # a set: each n-gram of a text once
+        pairs = _distinct(owner * self.kinds + codes)  # a set: each n-gram of a text once
         owner, codes = np.divmod(pairs, self.kinds)
         order = np.argsort(np.bincount(codes, minlength=self.kinds), kind="stable")
         rank = np.empty(self.kinds, dtype=np.int64)
@@ -307,8 +308,9 @@ class _Sets:
         self.starts = np.searchsorted(owner, np.arange(len(texts) + 1))
         self.sizes = np.diff(self.starts)
 
-    def near(self, mine: Ints, theirs: Ints, near: float) -> tuple[Ints, Ints, NDArray[np.float64]]:
-        """All pairs of a text of `mine` and another of `theirs` with Jaccard >= `near`: the texts, and the Jaccard.
+    def near(self, mine: Ints, theirs: Ints, near: float) -> tuple[Ints, Ints, Floats]:
+        """Pairs of a text of `mine` and another of `theirs` with Jaccard >= `near`: the texts, and the Jaccard. For
+        every text that has such a partner the pair with the one most like it is there.
 
         Two such texts share one of the first |A| - ceil(near * |A|) + 1 ranks of each (prefix filter), their sizes
         differ by no more than the factor `near` (length filter), and what is left from the first shared rank on must
@@ -327,19 +329,17 @@ class _Sets:
         largest = np.minimum(np.floor(mine_size / t), stride - 1).astype(np.int64)
         first = np.searchsorted(posted, asked * stride + smallest, side="left")
         count = np.searchsorted(posted, asked * stride + largest, side="right") - first
-        found: list[Ints] = []
+        kept: tuple[Ints, Ints, Floats] = (mine[:0], mine[:0], np.zeros(0))
         for which, place in _spread(first, count):
             a, b = asking[which], text[place]
-            total = self.sizes[a] + self.sizes[b]
             left = np.minimum(self.sizes[a] - asked_at[which], self.sizes[b] - at[place])
-            fits = (a != b) & (left >= t / (1 + t) * total - _SLACK)
-            found.append(np.unique(a[fits] * len(self.sizes) + b[fits]))
-        pairs = np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
-        a, b = np.divmod(pairs, len(self.sizes)) if len(pairs) else (pairs, pairs)
-        shared = self._shared(a, b)
-        similarity = shared / np.maximum(self.sizes[a] + self.sizes[b] - shared, 1)
-        keep = similarity >= near
-        return a[keep], b[keep], similarity[keep]
+            fits = (a != b) & (left >= t / (1 + t) * (self.sizes[a] + self.sizes[b]) - _SLACK)
+            a, b = np.divmod(_distinct(a[fits] * len(self.sizes) + b[fits]), len(self.sizes))
+            shared = self._shared(a, b)
+            alike = shared / (self.sizes[a] + self.sizes[b] - shared)
+            near_ones = alike >= near
+            kept = _best(*(np.concatenate([o, n[near_ones]]) for o, n in zip(kept, (a, b, alike), strict=True)))
+        return kept
 
     def _prefixes(self, texts: Ints, t: float) -> tuple[Ints, Ints, Ints]:
         """For each rank in the prefixes of `texts`: the text, the place of the rank in it, the rank."""
@@ -359,6 +359,22 @@ class _Sets:
             spot = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
             shared += np.bincount(which[self.keys[spot] == wanted], minlength=len(a))
         return shared
+
+
+def _distinct(numbers: Ints) -> Ints:
+    """The different numbers, sorted. (Sorting is several times faster here than numpy's table of hashes.)"""
+    numbers = np.sort(numbers)
+    return numbers[np.diff(numbers, prepend=-1) != 0]
+
+
+def _best(a: Ints, b: Ints, alike: Floats) -> tuple[Ints, Ints, Floats]:
+    """Of pairs only those that are the best of their left or of their right text, the smaller numbers first: thousands
+    of texts from one mould make millions of pairs, and none but these are asked for."""
+    keep = np.zeros(len(a), dtype=bool)
+    for side, other in ((a, b), (b, a)):
+        order = np.lexsort((other, -alike, side))
+        keep[order[np.diff(side[order], prepend=-1) != 0]] = True
+    return a[keep], b[keep], alike[keep]
 
 
 def _spread(first: Ints, count: Ints) -> Iterator[tuple[Ints, Ints]]:

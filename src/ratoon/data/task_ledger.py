@@ -8,7 +8,7 @@ The identity, in rows and in tokens alike:
     trained + cut + split + dropped + duplicate + masked = read
 
 Rows: each has one fate. *dropped* and *duplicate* rows are left out; of the others one that teaches nothing is
-*masked*, else one laid out in several pieces is *split*, else one that lost tokens is *cut*, else it is *trained* whole.
+*masked*, else one laid out in several pieces is *split*, else one that lost tokens is *cut*, else it is *trained*.
 
 Tokens are those of a row as rendered without cutting, each counted once: *trained* if it is learned (weight > 0),
 *masked* if it is only read, *cut* if it is in no piece, *dropped* and *duplicate* with its row. Splitting loses no
