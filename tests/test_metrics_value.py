@@ -151,7 +151,7 @@ def test_measured_figures_are_compared_on_the_same_draws() -> None:
 def test_what_cannot_be_compared_is_refused() -> None:
     one = classification(["a", "b"], ["a", "a"], ["a", "b"])
     more = classification(["a", "b", "b"], ["a", "a", "b"], ["a", "b"])
-    with pytest.raises(DataError, match="its n is 2 and 3"):
+    with pytest.raises(DataError, match="its number of records is 2 and 3"):
         compare(one, more, "accuracy")
     with pytest.raises(DataError, match=r"there is no figure 'f2'.*\n.*accuracy, f1_micro"):
         compare(one, one, "f2")
@@ -186,12 +186,13 @@ def test_plain_values_are_plain() -> None:
     read = json.loads(json.dumps(found.as_dict(), allow_nan=False))
     assert read["values"][0]["name"] == "accuracy" and read["values"][0]["value"] == pytest.approx(2 / 3)
     assert read["interval_of"] == "bootstrap|of:records|interval:percentile 95|resamples:1000|seed:1"
-    assert set(read) == {"values", "interval_of", "tables", "per_record"}
+    assert set(read) == {"values", "interval_of", "n_records", "tables", "per_record"}
     assert json.loads(json.dumps(compare(found, found, "accuracy").as_dict()))["n"] == 3
 
 
 def test_a_missing_library_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    for name in ("sacrebleu", "sacrebleu.metrics"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=r"sacrebleu.*not installed(.|\n)*pip install 'ratoon\[eval\]'"):
         libraries.library("sacrebleu.metrics")
 

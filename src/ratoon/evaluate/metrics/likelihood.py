@@ -47,7 +47,7 @@ def perplexity(nats: Sequence[float], tokens: Sequence[int]) -> Measured:
     ]
     per_record = {"loss": ratio(nats_N, tokens_N).tolist()}
     told = "ratio of sums|of:records|interval:cluster-robust normal 95"
-    return Measured(values, {}, per_record, told, summed(np.stack([nats_N, tokens_N], axis=1), _figures))
+    return Measured(values, {}, per_record, told, n, summed(np.stack([nats_N, tokens_N], axis=1), _figures))
 
 
 def _figures(sums_RS: Floats) -> Floats:

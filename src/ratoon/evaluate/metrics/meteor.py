@@ -28,7 +28,8 @@ def meteor(
     """The METEOR of words against the best of several references, 0 to 1 (Lavie & Agarwal 2007, eq. 1 to 3).
 
     Words are compared in lower case: the same form first, then the same `stem`, then a word of its `synonyms`; each
-    step from the last word to the first, and each word to the last one left in the reference.
+    step from the last word to the first, and each word to the last one left in the reference. That is NLTK's way, not
+    the paper's alignment with the fewest crossings: words that stand twice can cost a fragment more.
     """
     return max((_one(reference, predicted, stem, synonyms) for reference in references), default=0.0)
 

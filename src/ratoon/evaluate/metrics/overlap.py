@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ def summaries(
         table_NM[number] = [scores[name if lines or name in ROUGE[:3] else "rougeL"].fmeasure for name in ROUGE]
     cut = "given" if words_given else "characters" if language == "zh" else "rouge-score"
     stems = "yes" if stemmer and own is None else "no"
-    version = library("importlib.metadata").version("rouge-score")
+    version = metadata.version("rouge-score")
     heads = [
         Head(name, f"{name}|f1|tok:{cut}|stem:{stems}|sentences:lines|references:best|rouge-score:{version}")
         for name in ROUGE

@@ -68,14 +68,15 @@ class Value:
 class Measured:
     """The figures of a task (the first is its main one), tables for a page, and what each record came to.
 
-    `interval_of` says how the intervals were found. `figures` counts the values anew on drawn records, in the order of
-    `values`; `compare` needs it. It is not part of `as_dict`.
+    `interval_of` says how the intervals were found, `n_records` over how many records. `figures` counts the values anew
+    on drawn records, in the order of `values`; `compare` needs it. It is not part of `as_dict`.
     """
 
     values: list[Value]
     tables: dict[str, Any]
     per_record: dict[str, list[float]]
     interval_of: str = ""
+    n_records: int = 0
     figures: Figures | None = field(default=None, repr=False, compare=False)
 
     def value(self, name: str) -> Value:
@@ -87,6 +88,7 @@ class Measured:
         return {
             "values": [one.as_dict() for one in self.values],
             "interval_of": self.interval_of,
+            "n_records": self.n_records,
             "tables": self.tables,
             "per_record": self.per_record,
         }
@@ -158,7 +160,12 @@ def compare(a: Measured, b: Measured, name: str, *, seed: int = 1, resamples: in
     Raises `DataError` where the figure is missing, was counted in two ways, or on another number of records.
     """
     first, second = a.value(name), b.value(name)
-    for what, one, other in (("n", first.n, second.n), ("signature", first.signature, second.signature)):
+    checks = (
+        ("number of records", a.n_records, b.n_records),
+        (f"number of {first.unit}s", first.n, second.n),
+        ("signature", first.signature, second.signature),
+    )
+    for what, one, other in checks:
         if one != other:
             raise DataError(
                 f"'{name}' of the two models cannot be compared: its {what} is {one} and {other}",
@@ -166,7 +173,7 @@ def compare(a: Measured, b: Measured, name: str, *, seed: int = 1, resamples: in
             )
     places = a._place(name), b._place(name)
     sides = [_one_figure(side, place) for side, place in zip((a, b), places, strict=True)]
-    return _paired(sides[0], sides[1], first.n, seed, resamples)
+    return _paired(sides[0], sides[1], a.n_records, seed, resamples)
 
 
 def measured(
@@ -197,7 +204,7 @@ def measured(
         note = "; ".join(one for one in notes if one) or None
         shown = None if math.isnan(value) else value
         values.append(Value(head.name, shown, n, interval, head.signature, head.higher_is_better, note=note))
-    return Measured(values, tables or {}, per_record or {}, _told(seed, resamples), figures)
+    return Measured(values, tables or {}, per_record or {}, _told(seed, resamples), n, figures)
 
 
 def summed(
