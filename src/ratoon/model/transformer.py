@@ -580,6 +580,11 @@ class Transformer(nn.Module):
         """Whether a layer has learned keys and values, which are put in after the rotation."""
         return any(isinstance(block, Block) and block.attention.prefix is not None for block in self.layers)
 
+    @property
+    def configs(self) -> tuple[ModelConfig, ...]:
+        """The settings of the model's parts: its own."""
+        return (self.cfg,)
+
     def head_weight(self) -> Tensor:
         """The matrix (V, D) that turns hidden states into scores; the embedding's own where they are tied."""
         return self.embed.weight if self.head is None else self.head.weight

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ratoon.model.transformer import Transformer
+from ratoon.model.encoder_decoder import AnyModel
 from ratoon.train.settings import TrainSettings
 
 WHOLE_MODEL_LAYERS = 8
@@ -15,7 +15,7 @@ WHOLE_MODEL_LAYERS = 8
 so that a block is compiled once for all layers instead of once for each."""
 
 
-def compile_model(model: Transformer, settings: TrainSettings) -> str:
+def compile_model(model: AnyModel, settings: TrainSettings) -> str:
     """Mark `model` for compilation as `settings.compile` says; returns a sentence on what was decided and why.
 
     The compilation itself happens at the first step. Where none is possible the model runs as it is: slower, equal.
@@ -26,9 +26,9 @@ def compile_model(model: Transformer, settings: TrainSettings) -> str:
         return f"not compiled, which costs speed and nothing else: {reason}"
     what, why = settings.compile, "as train.compile says"
     if what == "auto":
-        whole = model.cfg.layers <= WHOLE_MODEL_LAYERS and model.cfg.moe is None and not settings.recompute_blocks
+        whole = len(model.layers) <= WHOLE_MODEL_LAYERS and model.cfg.moe is None and not settings.recompute_blocks
         what = "model" if whole else "blocks"
-        why = f"{model.cfg.layers} layers" if model.cfg.moe is None else "experts"
+        why = f"{len(model.layers)} layers" if model.cfg.moe is None else "experts"
     if what == "model":
         model.compile(dynamic=False)
         return f"compiled as a whole ({why}); the first step takes longer"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -163,14 +163,18 @@ def activation_bytes(cfg: ModelConfig, tokens: int, context_tokens: int, place: 
     return kept_activations(cfg, tokens, context_tokens, low, recompute, keeps_scores)
 
 
-def fit_rows(cfg: ModelConfig, settings: TrainSettings, place: Place, rows: int, trained: int) -> int:
+def fit_rows(
+    cfg: ModelConfig | Sequence[ModelConfig], settings: TrainSettings, place: Place, rows: int, trained: int
+) -> int:
     """Rows of a micro-batch: `rows` halved (rounding up) until they fit the free memory, and on a CPU until they are
     few enough to be no slower.
 
-    `trained`: parameters with a gradient. Raises `ConfigError` when not even one row fits.
+    `cfg`: the settings of the model, or of its parts; `trained`: parameters with a gradient. Raises `ConfigError` when
+    not even one row fits.
     """
     if settings.micro_batch_rows is not None:
         return min(rows, settings.micro_batch_rows)
+    cfgs = [cfg] if isinstance(cfg, ModelConfig) else cfg
     budget = free_bytes(place.device) * MEMORY_SHARE
     optimizer = trained * (20 if place.work != torch.float32 else 16)
     micro = rows
@@ -178,7 +182,9 @@ def fit_rows(cfg: ModelConfig, settings: TrainSettings, place: Place, rows: int,
         micro = (micro + 1) // 2
     while True:
         tokens = micro * settings.context_tokens
-        need = optimizer + activation_bytes(cfg, tokens, settings.context_tokens, place, settings.recompute_blocks)
+        need = optimizer + sum(
+            activation_bytes(one, tokens, settings.context_tokens, place, settings.recompute_blocks) for one in cfgs
+        )
         if need <= budget:
             return micro
         if micro == 1:

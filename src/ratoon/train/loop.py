@@ -22,6 +22,7 @@ from ratoon.base.errors import ArtifactError, ConfigError, NumericError
 from ratoon.base.seeds import derive
 from ratoon.data.batch import Batch
 from ratoon.model.allocator import tune_allocator
+from ratoon.model.encoder_decoder import AnyModel
 from ratoon.model.transformer import Transformer
 from ratoon.store.artifact import Parent
 from ratoon.store.runs import Run
@@ -36,7 +37,7 @@ from ratoon.train.stop import Wishes
 from ratoon.train.trunk import Trunk
 from ratoon.train.weights import FlatWeights
 
-Objective = Callable[[Transformer, Inputs], tuple[Tensor, Tensor]]
+Objective = Callable[[Any, Inputs], tuple[Tensor, Tensor]]
 Record = dict[str, Any]
 EVALUATIONS_A_RUN = 10
 LOWEST_SCALE = 2.0**-24
@@ -86,7 +87,7 @@ class Result:
 
 
 def train(
-    model: Transformer,
+    model: AnyModel,
     loader: BatchSource,
     settings: TrainSettings,
     run: Run | None = None,
@@ -143,7 +144,7 @@ class _Session:
 
     def __init__(
         self,
-        model: Transformer,
+        model: AnyModel,
         loader: BatchSource,
         settings: TrainSettings,
         run: Run | None,
@@ -152,7 +153,8 @@ class _Session:
         parents: list[Parent],
         world: World,
     ) -> None:
-        self.model, self.loader, self.settings, self.run = model, loader, settings, run
+        self.model: Any = model  # of either kind; methods and callbacks know theirs
+        self.loader, self.settings, self.run = loader, settings, run
         self.method: Method | None = None
         self.trunk: Trunk | None = None
         self.penalty = 0.0
@@ -183,7 +185,7 @@ class _Session:
         model.recompute_blocks = settings.recompute_blocks
         trained = self.weights.master.numel()
         rows = settings.rows // world.size
-        self.micro_rows = int(world.share(fit_rows(model.cfg, settings, self.place, rows, trained)))
+        self.micro_rows = int(world.share(fit_rows(model.configs, settings, self.place, rows, trained)))
         self.step = self.tokens = 0
         self.seconds_before = self.spent_seconds = 0.0  # before a resume; of the budget
         self.best_loss: float | None = None

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ratoon.base.errors import ConfigError
 from ratoon.data.batch import Batch
 from ratoon.model import fused
+from ratoon.model.encoder_decoder import EncoderDecoder
 from ratoon.model.likelihood import CHUNK_NUMBERS
 from ratoon.model.transformer import Transformer, balance_loss
 
@@ -90,6 +92,25 @@ def next_token(model: Transformer, inputs: Inputs) -> tuple[Tensor, Tensor]:
             per_row_B = balance_loss(router_BTE, model.cfg.moe.experts_per_token, keep_BT)
             loss = loss + model.cfg.moe.balance_weight / len(routers) * (per_row_B * row_weight_B).sum()
     return loss, inputs.weight_BT.sum()
+
+
+def sequence_to_sequence(model: EncoderDecoder, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Σ w·(-log p(target | what stands before it, its source)) over the positions, and Σ w.
+
+    Beside the rows stand `source_BS` and `source_document_BS`: a target document attends to the source of its own
+    number alone. Raises `ConfigError` where the sources' rows are longer than the encoder's context.
+    """
+    source_BS = inputs.tensor("source_BS")
+    if source_BS.shape[1] > model.encoder.cfg.context_tokens:
+        raise ConfigError(
+            f"rows of {source_BS.shape[1]} source tokens are longer than the encoder's context",
+            where="train.context_tokens",
+            expected=f"at most {model.encoder.cfg.context_tokens}",
+        )
+    hidden_BTD = model(
+        inputs.ids_BT, source_BS, inputs.document_BT, inputs.tensor("source_document_BS"), inputs.position_BT
+    )
+    return cross_entropy(model.decoder, hidden_BTD, inputs.targets_BT, inputs.weight_BT), inputs.weight_BT.sum()
 
 
 def cross_entropy(model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor, weight_BT: Tensor) -> Tensor:
