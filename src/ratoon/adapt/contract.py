@@ -87,14 +87,20 @@ class Method(ABC):
         """Take over what `state` gave."""
 
     @torch.no_grad()
-    def merge(self, model: Transformer) -> None:
+    def merge(self, model: Transformer, *, allow_loss: bool = False) -> None:
         """Fold the parts into the base's weights and take them out; the model then computes the same (up to rounding in
-        its own type). Raises `ConfigError` with the reason where the paper's parts are no change of weights."""
+        its own type). Raises `ConfigError` with the reason where the paper's parts are no change of weights, and where
+        weights of few bits would lose a part of the change, unless `allow_loss`."""
         raise ConfigError(
             f"{self.kind} cannot be merged: {self.not_merged}",
             where="method",
             fix="save the adapter beside its base; every verb loads it with its base",
         )
+
+    def unmerge(self, model: Transformer) -> None:
+        """Undo `merge`, bit for bit: the base's weights are what they were, and the parts stand beside them again.
+        Raises `ConfigError` where this method has merged nothing into this model."""
+        raise ConfigError(f"{self.kind} has merged nothing", where="method", expected="a call of merge before")
 
     not_merged: ClassVar[str] = "its parts are no change of the base's weights"
 
@@ -105,6 +111,34 @@ class Method(ABC):
     def facts(self, model: Transformer) -> dict[str, Any]:
         """What a report says of the method after training (ranks at the end, …)."""
         return {}
+
+    def peft_config(self, model: Transformer) -> dict[str, Any]:
+        """The installed method as PEFT's `adapter_config.json` says it, `peft_type` included; what every adapter has
+        (base, task, head) is added by `folder.py`. Raises `ConfigError` for what that layout cannot say."""
+        raise self._no_adapter()
+
+    def peft_weights(self, model: Transformer) -> dict[str, Tensor]:
+        """The installed method's values under PEFT's names, without a task head."""
+        raise self._no_adapter()
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Method:
+        """The method that such a config says, not yet installed; where the folder is one of ours, `config["ratoon"]`
+        holds the method's settings. Raises `ArtifactError` for settings that are not known and change what is
+        computed."""
+        raise ConfigError(f"{cls.kind} is no adapter", where="adapter_config.json")
+
+    def load_peft(self, model: Transformer, weights: Mapping[str, Tensor]) -> None:
+        """Give the installed method the values that `peft_weights` names. Raises `ArtifactError` for a tensor that is
+        missing, too much, or of another shape."""
+        raise self._no_adapter()
+
+    def _no_adapter(self) -> ConfigError:
+        return ConfigError(
+            f"{self.kind} has no adapter: what it trains are the model's own weights",
+            where="method",
+            fix="save the model",
+        )
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
