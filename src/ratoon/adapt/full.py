@@ -13,7 +13,7 @@ from pydantic import Field
 from ratoon.adapt.contract import Method, trained
 from ratoon.base.errors import ConfigError
 from ratoon.base.settings import Settings
-from ratoon.model.transformer import Transformer
+from ratoon.model.encoder_decoder import AnyModel
 
 
 class FullSettings(Settings):
@@ -23,7 +23,10 @@ class FullSettings(Settings):
         (), description="parameters that stay as they are, by pattern: `embed.*`, `layers.*.mlp.*`, `encoder.*`"
     )
     freeze_layers: int = Field(
-        0, ge=0, description="so many blocks from the input on stay as they are, the embedding with them"
+        0,
+        ge=0,
+        description="so many blocks from the input on stay as they are, the embedding with them; an encoder's blocks "
+        "are counted before its decoder's",
     )
     train: tuple[str, ...] = Field((), description="only these are trained, by pattern; absent: all but the frozen")
 
@@ -34,7 +37,7 @@ class Full(Method):
     kind = "full"
     settings: FullSettings
 
-    def install(self, model: Transformer, *, seed: int) -> None:
+    def install(self, model: AnyModel, *, seed: int) -> None:
         """Set which parameters ask for gradients. Raises `ConfigError` for a pattern that names nothing, and when
         nothing is left to train."""
         wanted = self._wanted(model)
@@ -43,7 +46,7 @@ class Full(Method):
         if not wanted:
             raise ConfigError("every parameter is frozen", where="method.freeze", expected="something to train")
 
-    def _wanted(self, model: Transformer) -> set[str]:
+    def _wanted(self, model: AnyModel) -> set[str]:
         settings = self.settings
         names = [name for name, _ in model.named_parameters()]
         head = {name for name in names if name.startswith("task_head.")}
@@ -56,17 +59,18 @@ class Full(Method):
                         where=f"method.{key}",
                         expected=f"a pattern such as {shown}",
                     )
-        if settings.freeze_layers > model.cfg.layers:
+        if settings.freeze_layers > len(model.layers):
             raise ConfigError(
-                f"freeze_layers is {settings.freeze_layers}", where="method", expected=f"at most {model.cfg.layers}"
+                f"freeze_layers is {settings.freeze_layers}", where="method", expected=f"at most {len(model.layers)}"
             )
         kept = {name for pattern in settings.freeze for name in fnmatch.filter(names, pattern)}
         if settings.freeze_layers:
-            kept |= {name for name in names if _depth(name) < settings.freeze_layers}
+            encoder_layers = len({name.split(".")[2] for name in names if name.startswith("encoder.layers.")})
+            kept |= {name for name in names if _depth(name, encoder_layers) < settings.freeze_layers}
         chosen = {name for pattern in settings.train for name in fnmatch.filter(names, pattern)} or set(names)
         return (chosen - kept) | (head - {n for p in settings.freeze for n in fnmatch.filter(sorted(head), p)})
 
-    def count(self, model: Transformer) -> int:
+    def count(self, model: AnyModel) -> int:
         """Numbers of the parameters that are named."""
         wanted = self._wanted(model)
         return sum(
@@ -75,10 +79,10 @@ class Full(Method):
             if name in wanted and not name.startswith("task_head.")
         )
 
-    def merge(self, model: Transformer) -> None:
+    def merge(self, model: AnyModel) -> None:
         """Nothing to do: the base's own parameters were trained."""
 
-    def remove(self, model: Transformer) -> None:
+    def remove(self, model: AnyModel) -> None:
         """Refused: the base itself was trained."""
         if trained(model):
             raise ConfigError(
@@ -88,8 +92,16 @@ class Full(Method):
             )
 
 
-def _depth(name: str) -> float:
-    """How deep a parameter lies: the block's number; embeddings before all blocks, what follows them after."""
+def _depth(name: str, encoder_layers: int) -> float:
+    """How deep a parameter lies: the block's number; embeddings before their blocks, what follows the last one after.
+
+    An encoder's blocks are counted before the decoder's; its last norm goes with its last block.
+    """
+    part, _, rest = name.partition(".")
+    if part == "encoder":
+        return min(_depth(rest, 0), encoder_layers - 0.5)
+    if part == "decoder":
+        return max(0, _depth(rest, 0)) + encoder_layers
     if name.startswith(("embed.", "place.", "embed_norm.")):
         return -1
     found = re.match(r"layers\.(\d+)\.", name)

@@ -1,7 +1,8 @@
 """Hugging Face folders: config.json, safetensors and what stands beside them <-> a Transformer.
 
 Decides how weights reach the disk and come back, and that every tensor is accounted for. What the keys and names mean
-is decided in `families.py`.
+is decided in `families.py`. An encoder-decoder lies in a folder of the same kind under a model type and names of our
+own, which Transformers refuses.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ratoon.base.errors import ArtifactError
-from ratoon.model.config import ModelConfig
+from ratoon.base.errors import ArtifactError, ConfigError
+from ratoon.base.settings import build
+from ratoon.model.config import OWN_FAMILY, ModelConfig
+from ratoon.model.encoder_decoder import AnyModel, EncoderDecoder
 from ratoon.model.families import Rule
 from ratoon.model.heads import from_folder, to_folder, weights_of
 from ratoon.model.transformer import Transformer
@@ -34,7 +37,26 @@ _IGNORED_ENDS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".att
 
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """The settings in a folder's config.json."""
+    """The settings in a folder's config.json. Raises `ArtifactError` for what is not known, an encoder-decoder too."""
+    theirs = _read_table(folder)
+    path = str(Path(folder) / "config.json")
+    if theirs.get("model_type") == OWN_FAMILY:
+        raise ArtifactError(
+            "the folder holds an encoder-decoder, which reads a source and writes a target",
+            where=path,
+            expected="a model that goes on with a text",
+            fix="it can be loaded, generated with, evaluated and trained on pairs; other verbs need the other kind",
+        )
+    return from_folder(theirs, path)
+
+
+def is_encoder_decoder(folder: str | os.PathLike[str]) -> bool:
+    """Whether a model folder holds an encoder-decoder."""
+    return _read_table(folder).get("model_type") == OWN_FAMILY
+
+
+def _read_table(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """A folder's config.json as it stands."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ArtifactError(
@@ -48,7 +70,37 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
         raise ArtifactError(f"not readable as JSON: {error}", where=path) from None
     if not isinstance(theirs, dict):
         raise ArtifactError(f"the file holds a {type(theirs).__name__}", where=path, expected="keys with values")
-    return from_folder(theirs, str(path))
+    return theirs
+
+
+def read_encoder_decoder(
+    folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> EncoderDecoder:
+    """The encoder-decoder in a folder that `write_model` made, in evaluation mode.
+
+    Raises `ArtifactError` for another kind of folder, and for a missing, cut or mis-shaped weight, or one too many.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        read_manifest(folder)
+    theirs, where = _read_table(folder), str(folder / "config.json")
+    if theirs.get("model_type") != OWN_FAMILY:
+        raise ArtifactError(
+            f"the model type is {theirs.get('model_type')!r}", where=where, expected=f"{OWN_FAMILY}, written by Ratoon"
+        )
+    try:
+        parts = [
+            build(ModelConfig, theirs.get(name) or {}, where=f"{where}: {name}") for name in ("encoder", "decoder")
+        ]
+    except ConfigError as error:
+        raise ArtifactError(error.found, where=error.where, expected=error.expected, fix=error.fix) from None
+    if parts[0].causal or not parts[1].cross_attention or parts[0].width != parts[1].width:
+        raise ArtifactError("the two parts do not fit each other", where=where, expected="as Ratoon wrote them")
+    with torch.device("meta"):
+        model = EncoderDecoder(*parts, shared_embeddings=bool(theirs.get("shared_embeddings"))).eval()
+    files = _Files(folder)
+    put_state(model, {name: files.take(name).to(dtype) for name in files.file_of}, folder, device)
+    return model
 
 
 def read_model(
@@ -77,7 +129,7 @@ def empty_model(cfg: ModelConfig) -> Transformer:
 
 
 def put_state(
-    model: Transformer, state: Mapping[str, Tensor], where: str | os.PathLike[str], device: torch.device | str = "cpu"
+    model: AnyModel, state: Mapping[str, Tensor], where: str | os.PathLike[str], device: torch.device | str = "cpu"
 ) -> None:
     """Give an empty model its weights. Raises `ArtifactError` for names or shapes that do not fit."""
     wanted = dict(model.named_parameters())
@@ -91,17 +143,20 @@ def put_state(
             raise ArtifactError(
                 f"'{name}' has the shape {tuple(state[name].shape)}", where=where, expected=str(tuple(parameter.shape))
             )
-    model.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
+    # A table that stands in both parts of an encoder-decoder has one name among the parameters, and two here.
+    first = {id(parameter): name for name, parameter in wanted.items()}
+    everywhere = {name: first[id(value)] for name, value in model.named_parameters(remove_duplicate=False)}
+    moved = {name: value.to(device) for name, value in state.items()}
+    model.load_state_dict({name: moved[ours] for name, ours in everywhere.items()}, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 
 
-class _Reader:
+class _Files:
     """The safetensors of a folder as one table."""
 
-    def __init__(self, folder: Path, cfg: ModelConfig) -> None:
-        self.folder, self.cfg = folder, cfg
-        self.rules = weights_of(cfg)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.file_of: dict[str, Path] = {}
         index = folder / INDEX
         named: dict[str, str] = {}
@@ -143,9 +198,19 @@ class _Reader:
                 expected="an index and shards that were written together",
             )
 
-    def _take(self, name: str) -> Tensor:
+    def take(self, name: str) -> Tensor:
+        """The tensor of that name, from its file."""
         found: Tensor = self.files[self.file_of[name]].get_tensor(name)
         return found
+
+
+class _Reader(_Files):
+    """The weights of a folder as a family names them."""
+
+    def __init__(self, folder: Path, cfg: ModelConfig) -> None:
+        super().__init__(folder)
+        self.cfg = cfg
+        self.rules = weights_of(cfg)
 
     def _find(self, name: str) -> str | None:
         """`name`, or as it stands in files without the model's prefix."""
@@ -182,7 +247,7 @@ class _Reader:
     def _whole(self, name: str, used: set[str], expected: torch.Size) -> Tensor:
         """The tensor `name`, after checking its shape."""
         used.add(name)
-        found = self._take(name)
+        found = self.take(name)
         if found.shape != expected:
             raise ArtifactError(
                 f"'{name}' has the shape {tuple(found.shape)}", where=self.file_of[name], expected=str(tuple(expected))
@@ -193,7 +258,7 @@ class _Reader:
         """Whether `name` is a head that only repeats the embedding it is tied to."""
         if name not in ("lm_head.weight", "embed_out.weight") or "embed.weight" not in state:
             return False
-        if not torch.equal(self._take(name).to(dtype), state["embed.weight"]):
+        if not torch.equal(self.take(name).to(dtype), state["embed.weight"]):
             raise ArtifactError(
                 f"'{name}' differs from the embedding, and config.json says that the two are tied",
                 where=self.file_of[name],
@@ -256,8 +321,24 @@ def to_family(model: Transformer, dtype: torch.dtype | None = None) -> dict[str,
     return {name: value.to(dtype or value.dtype).contiguous().cpu() for name, value in theirs.items()}
 
 
+def _on_disk(model: AnyModel, dtype: torch.dtype | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The table of config.json and the weights under the names they have on disk."""
+    if not isinstance(model, EncoderDecoder):
+        return to_folder(model.cfg, "float32"), to_family(model, dtype)
+    settings = {
+        "model_type": OWN_FAMILY,
+        "is_encoder_decoder": True,
+        "shared_embeddings": model.shared_embeddings,
+        "decoder_start_token_id": model.cfg.bos_id,
+        "encoder": model.encoder.cfg.model_dump(mode="json"),
+        "decoder": model.decoder.cfg.model_dump(mode="json"),
+    }
+    named = {name: value.detach() for name, value in model.named_parameters()}
+    return settings, {name: value.to(dtype or value.dtype).contiguous().cpu() for name, value in named.items()}
+
+
 def write_model(
-    model: Transformer,
+    model: AnyModel,
     folder: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
@@ -273,8 +354,7 @@ def write_model(
     `dtype` rounds the weights on the way. `extra_files` (tokenizer, template …) are put beside them. Raises
     `ConfigError` when the model's family cannot say what it is, `StorageError` when the disk refuses.
     """
-    settings = to_folder(model.cfg, "float32")
-    weights = to_family(model, dtype)
+    settings, weights = _on_disk(model, dtype)
     kept = next(iter(weights.values())).dtype
     with atomic_folder(folder, replace=replace) as partial:
         write_json(partial / "config.json", settings | {"torch_dtype": str(kept).removeprefix("torch.")})
