@@ -14,6 +14,7 @@ VERBS: dict[str, str] = {
     "prepare": "Turn files of text into tokenizer, shards and a ledger.",
     "tokenizer": "Train a tokenizer, or look into one.",
     "pretrain": "Train a model as a recipe says.",
+    "finetune": "Fine-tune a model for a task, with all parameters or few.",
     "evaluate": "Measure a model on text: loss, perplexity, bits per byte.",
     "generate": "Let a model go on from a prompt.",
     "chat": "Talk with a model in the terminal.",

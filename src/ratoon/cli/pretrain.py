@@ -5,15 +5,14 @@ Decides the order of a run's life and what is kept of it. How a step goes is `tr
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ratoon.base.errors import ArtifactError, ConfigError, RatoonError
+from ratoon.base.errors import ArtifactError, ConfigError
+from ratoon.cli.job import Job, run_job
 
 if TYPE_CHECKING:
     from ratoon.data.prepare import Prepared
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 FINAL_EVALUATION_TOKENS = 1 << 20
 PROMPT_WORDS = 6
 PROMPTS = 3
-
-Talk = Callable[[str], None]
 
 
 @click.command()
@@ -60,74 +57,19 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, root: str | Path = "runs
     wrong, `KeyboardInterrupt` after saving; the run's manifest then says why it ended.
     """
     from ratoon.recipe import settle
-    from ratoon.store.runs import Run
-    from ratoon.train.device import World
 
     plan = settle(recipe)
-    world = World()
-    try:
-        folder = Path(root) / recipe.name
-        if world.first:
-            _open_run(recipe, root, resume)
-        world.wait()
-        job = _Job(Run(folder), plan, world, resume)
-        try:
-            job.go()
-        except KeyboardInterrupt:
-            job.end("interrupted", f"stopped by the user; `{job.resume_command()}` goes on")
-            raise
-        except RatoonError as error:
-            job.end("failed", error.found)
-            raise
-        return job.run
-    finally:
-        world.close()
+    return run_job(recipe.name, root, resume, lambda run, world: _Job(run, plan, world, resume))
 
 
-def _open_run(recipe: Recipe, root: str | Path, resume: bool) -> None:
-    from ratoon.store.runs import Run
-    from ratoon.train.checkpoint import complete
-
-    run = Run(Path(root) / recipe.name)
-    if resume:
-        Run.find(recipe.name, root)  # says which runs there are
-    elif not run.state_path.exists() or complete(run.checkpoints):
-        Run.create(recipe.name, root)  # refuses a name that is taken
-    # else: a run of that name ended before there was anything to lose
-
-
-@dataclass
-class _Job:
+class _Job(Job):
     """One run, from its recipe to its page."""
 
-    run: Run
-    plan: Plan
-    world: World
-    resume: bool
-    taught: bool = False
-    """Whether the model that is trained on can answer in a conversation."""
-
-    def talk(self, sentence: str) -> None:
-        """A sentence for people, and for the run's log."""
-        if not self.world.first:
-            return
-        click.echo(sentence, err=True)
-        with open(self.run.folder / "log.txt", "a", encoding="utf-8") as log:
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")
-
-    def state(self, **facts: Any) -> None:
-        """Put facts into the run's manifest."""
-        if self.world.first:
-            self.run.write_state(**facts)
-
-    def end(self, status: str, reason: str) -> None:
-        """Say in the manifest and on the page how the run ended."""
-        if self.world.first:
-            self.state(status=status, reason=reason)
-            self.page()
-
-    def resume_command(self) -> str:
-        return f"ratoon pretrain {self.run.recipe_path} --resume"
+    def __init__(self, run: Run, plan: Plan, world: World, resume: bool) -> None:
+        super().__init__(run, world, resume, plan.recipe.language)
+        self.plan = plan
+        self.taught = False
+        """Whether the model that is trained on can answer in a conversation."""
 
     def go(self) -> None:
         """Everything, in order."""
@@ -236,10 +178,8 @@ class _Job:
 
     def train(self, prepared: Prepared, model: Transformer, parents: list[Any]) -> Result:
         """The loop, with what happens around it."""
-        from ratoon.cli.progress import TrainingLine
         from ratoon.data.loader import Loader
         from ratoon.train.loop import train
-        from ratoon.train.track import trackers
 
         settings = self.plan.train
         loader = Loader(
@@ -250,18 +190,7 @@ class _Job:
             rank=self.world.rank,
             world=self.world.size,
         )
-        line = TrainingLine(settings.steps, settings.budget_minutes)
-        tracker = None
-        if self.world.first:
-            tracker = trackers(self.plan.recipe.track, self.run, self.plan.as_dict(), talk=self.talk)
-
-        def log(record: dict[str, Any]) -> None:
-            assert tracker is not None
-            tracker.log(record)
-            line(record)
-
-        status: Literal["done", "failed", "interrupted"] = "failed"
-        try:
+        with self.records(settings, self.plan.recipe.track, self.plan.as_dict()) as log:
             result = train(
                 model,
                 loader,
@@ -271,14 +200,6 @@ class _Job:
                 parents=parents,
                 resume=self.resume,
             )
-            status = "done"
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            line.close()
-            if tracker is not None:
-                tracker.close(status)
         self.talk(
             f"trained {result.steps:,} steps, {result.tokens:,} tokens ({loader.passes(result.steps):.1f} passes) in "
             f"{result.seconds:,.0f} s"
@@ -365,12 +286,6 @@ class _Job:
         )
         self.talk(f"page: {self.run.report}")
         self.talk("next:\n  " + "\n  ".join(commands))
-
-    def page(self) -> None:
-        """Write the run's page."""
-        from ratoon.report.page import write_page
-
-        write_page(self.run, language=self.plan.recipe.language)
 
 
 def next_commands(run: Run, language: str, taught: bool) -> list[str]:

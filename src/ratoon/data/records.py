@@ -23,6 +23,8 @@ from ratoon.data.rows import Kind, RowReading, read_rows
 from ratoon.data.sources import find_files
 from ratoon.data.task_ledger import TaskLedger
 from ratoon.tasks.contract import Record, Task, TooLong
+from ratoon.tasks.example import Example
+from ratoon.text.tokenizer import Tokenizer
 
 PARTS = ("train", "validation", "test")
 
@@ -77,20 +79,26 @@ class RecordSettings(Settings):
 
 @dataclass
 class Parts:
-    """The records of a task: `train`, `validation`, `test` (perhaps empty), what became of the others, and copies that
+    """The records of a task: `train`, `validation`, `test` (perhaps empty), a ledger of each part, and copies that
     stand in two parts."""
 
     train: list[Any]
     validation: list[Any]
     test: list[Any]
-    ledger: TaskLedger
-    leaks: Leaks | None = None
+    ledgers: dict[str, TaskLedger]
+    leaks: Leaks
     sentences: list[str] = field(default_factory=list)
 
     def of(self, name: str) -> list[Any]:
         """The records of one part."""
         found: list[Any] = getattr(self, name)
         return found
+
+    @property
+    def seen_test_places(self) -> set[str]:
+        """Places of test records that also stand in training, exactly or nearly."""
+        test = self.leaks.splits.get("test", ())
+        return {test[copy.row].place for copy in self.leaks.copies("test", "train")} if test else set()
 
 
 def read_records(task: Task[Any], files: Sequence[str], settings: RecordSettings, ledger: TaskLedger) -> list[Any]:
@@ -101,7 +109,7 @@ def read_records(task: Task[Any], files: Sequence[str], settings: RecordSettings
     for row in read_rows(find_files([Path(file) for file in files], listing), settings.reading, ledger):
         told = {key: str(row.fields.get(key)) for key in settings.where}
         if told != settings.where:
-            ledger.drop_unread("not wanted (data.where)", row.place)
+            ledger.drop_unread("not wanted (data.where)", row.place, asked=True)
             continue
         try:
             record = task.record(row.fields, row.place)
@@ -124,8 +132,9 @@ def read_parts(task: Task[Any], settings: RecordSettings, *, seed: int) -> Parts
 
     Raises `DataError` when nothing is left to learn from, when ids stand twice, or, under `leaks: refuse`, for a copy.
     """
-    ledger = TaskLedger()
-    found = {name: read_records(task, getattr(settings, name), settings, ledger) for name in PARTS}
+    ledgers = {name: TaskLedger() for name in PARTS}
+    ledger = ledgers["train"]
+    found = {name: read_records(task, getattr(settings, name), settings, ledgers[name]) for name in PARTS}
     if not found["train"]:
         raise DataError(
             "no training row is left" + _first_reason(ledger),
@@ -141,18 +150,18 @@ def read_parts(task: Task[Any], settings: RecordSettings, *, seed: int) -> Parts
     records = {name: [record for record, _ in pairs] for name, pairs in found.items()}
     if settings.limit_test_rows is not None:
         records["test"], left = _draw(records["test"], settings.limit_test_rows, seed, "test")
-        _book(ledger, left, "beyond data.limit_test_rows")
+        _book(ledgers["test"], left, "beyond data.limit_test_rows")
     records["train"] = _limited(task, records["train"], settings, seed, ledger)
-    leaks = find_leaks({name: [_keyed(task, one) for one in records[name]] for name in PARTS}, near=settings.near)
+    keyed = {name: [_keyed(task, one) for one in records[name]] for name in PARTS if records[name]}
+    leaks = find_leaks(keyed, near=settings.near)
     records["train"] = _without_copies(task, records["train"], leaks, settings, ledger)
     sentences += leaks.sentences()
-    return Parts(records["train"], records["validation"], records["test"], ledger, leaks, sentences)
+    return Parts(records["train"], records["validation"], records["test"], ledgers, leaks, sentences)
 
 
 def _first_reason(ledger: TaskLedger) -> str:
-    reasons = ledger.as_dict()["reasons"]
-    first = next(iter(reasons.items()), None)
-    return "" if first is None else f": {first[0]} ({first[1]['rows']:,} rows, first {first[1]['places'][0]})"
+    first = next(iter(ledger.reasons.items()), None)
+    return "" if first is None else f": {first[0]} ({first[1].rows:,} rows, first {first[1].places[0]})"
 
 
 def _keyed(task: Task[Any], record: Any) -> Keyed:
@@ -161,7 +170,7 @@ def _keyed(task: Task[Any], record: Any) -> Keyed:
 
 def _book(ledger: TaskLedger, records: Iterable[Record], reason: str) -> None:
     for record in records:
-        ledger.drop_unread(reason, record.place)
+        ledger.drop_unread(reason, record.place, asked=True)
 
 
 def _split(pairs: list[Any], share: float, group: str | None, seed: int, name: str) -> tuple[list[Any], list[Any]]:
@@ -216,25 +225,74 @@ def _limited(task: Task[Any], records: list[Any], settings: RecordSettings, seed
 def _without_copies(
     task: Task[Any], records: list[Any], leaks: Leaks, settings: RecordSettings, ledger: TaskLedger
 ) -> list[Any]:
-    if settings.leaks == "refuse" and leaks.between_parts:
-        first = leaks.between_parts[0]
+    leaked = {drop.place: drop for drop in leaks.drop("train")} if settings.leaks != "report" else {}
+    if settings.leaks == "refuse" and leaked:
+        first = next(iter(leaked.values()))
         raise DataError(
-            f"{len(leaks.between_parts):,} rows of validation or test also stand in training",
-            where=first.sentence(),
+            f"{len(leaked):,} training rows also stand in validation or test",
+            where=f"{first.place} is an {first.reason}: {first.copy_of}",
             fix="data.leaks: drop leaves such training rows out, report measures with and without them",
         )
     kept: list[Any] = []
     seen: set[tuple[str, str]] = set()
-    leaked = leaks.training_places if settings.leaks == "drop" else set()
     for record in records:
         key = (task.text(record), str(task.expected(record)))
         if settings.duplicates == "drop" and key in seen:
-            ledger.drop_unread("duplicate", record.place)
+            ledger.drop_unread("equal to an earlier row", record.place, duplicate=True)
         elif record.place in leaked:
-            ledger.drop_unread("copy of a validation or test row", record.place)
+            ledger.drop_unread(leaked[record.place].reason, record.place, asked=True)
         else:
             kept.append(record)
             seen.add(key)
     if not kept:
         raise DataError("no training row is left: all are copies", where="data.train", fix="give other rows")
     return kept
+
+
+def encode_records(
+    task: Task[Any],
+    records: Sequence[Any],
+    tokenizer: Tokenizer,
+    ledger: TaskLedger,
+    *,
+    room_tokens: int,
+    too_long: TooLong,
+    on_bad_row: Literal["refuse", "skip"] = "refuse",
+) -> list[Example]:
+    """The records as examples, every row and token booked.
+
+    Raises `DataError` as the task does, with file and line; under `on_bad_row: skip` such rows are booked instead.
+    """
+    examples: list[Example] = []
+    for record in records:
+        try:
+            found = task.encode(record, tokenizer, room_tokens=room_tokens, too_long=too_long)
+        except DataError as error:
+            if on_bad_row == "refuse":
+                raise
+            ledger.drop_unread(error.found, record.place)
+            continue
+        ledger.receive(record, found.rendered_tokens)
+        if not found.examples:
+            ledger.book(record.place, dropped=found.rendered_tokens, reason=found.reason or "nothing to learn")
+            continue
+        learned = sum(_learned(example) for example in found.examples)
+        kept = found.rendered_tokens - found.cut_tokens
+        learned = min(learned, kept)
+        ledger.book(
+            record.place,
+            learned=learned,
+            masked=kept - learned,
+            cut=found.cut_tokens,
+            pieces=len(found.examples),
+            repeated=found.repeated_tokens,
+            reason=found.reason or (None if learned else "nothing to learn"),
+        )
+        examples += found.examples
+    ledger.check()
+    return examples
+
+
+def _learned(example: Example) -> int:
+    own = sum(weight > 0 for weight in example.weight)
+    return own if example.beside is None else own + _learned(example.beside)

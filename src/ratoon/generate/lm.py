@@ -25,12 +25,14 @@ from ratoon.generate.stopping import Decoder
 from ratoon.model.transformer import Transformer
 
 if TYPE_CHECKING:
+    from ratoon.tasks.contract import Question
     from ratoon.text.tokenizer import Tokenizer
 
 _LEFT_BORDER_TOKENS = 4
 """Tokens of the prompt that the text's decoder has seen: some tokenizers spell a word differently at the start."""
-KEPT_FACTS = frozenset({"chat"})
-"""What a manifest says of a model that a model loaded from it still says: `chat`, whether it was taught to converse."""
+KEPT_FACTS = frozenset({"chat", "task", "data"})
+"""What a manifest says of a model that a model loaded from it still says: `chat`, whether it was taught to converse;
+`task`, what it was fine-tuned for, and `data`, how its rows were read."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,6 +45,8 @@ class LanguageModel:
     tokenizer: Tokenizer | None = None
     name: str = "model"
     facts: dict[str, Any] = field(default_factory=dict)
+    virtual_tokens: int = 0
+    """Slots before each text that belong to an adapter (prompt and prefix tuning)."""
 
     @property
     def context_tokens(self) -> int:
@@ -101,6 +105,21 @@ class LanguageModel:
         rendered = render(self._need_tokenizer("chat"), list(messages), add_generation_prompt=True)
         sampling = self._sampling(sampling, settings)
         return self._answers([rendered.ids], sampling, self.turn_end_ids, shorten=shorten, on_text=on_text)[0]
+
+    def answer(self, questions: Sequence[Question], sampling: Sampling) -> list[str]:
+        """The text that the model gives to each question of a task: ended by the text's or the turn's end, by a stop
+        of the question, or by its own number of new tokens."""
+        tokenizer = self._need_tokenizer("answering")
+        ends = self.turn_end_ids if self.can_chat else self.eos_ids
+        ids = [question.ids for question in questions]
+        made = self._answers(ids, sampling, ends, shorten=None, on_text=None)
+        texts = []
+        for question, one in zip(questions, made, strict=True):
+            text = tokenizer.decode(list(one.ids)[: question.max_new_tokens])
+            for stop in question.stop:
+                text = text.split(stop, 1)[0]
+            texts.append(text)
+        return texts
 
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt, begun as the model's tokenizer begins a text (a begin token, where it has the habit).
@@ -161,6 +180,8 @@ class LanguageModel:
         on_text: Callable[[int, str], None] | None,
         logprobs: bool = False,
     ) -> list[Generated]:
+        if self.virtual_tokens:
+            ids = [[0] * self.virtual_tokens + list(one) for one in ids]
         return generate(
             self.model,
             ids,

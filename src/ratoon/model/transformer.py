@@ -585,6 +585,12 @@ class Transformer(nn.Module):
         """The settings of the model's parts: its own."""
         return (self.cfg,)
 
+    def set_causal(self, causal: bool) -> None:
+        """Let each token see what stands before it, or (False) all of its document."""
+        self.cfg = self.cfg.model_copy(update={"causal": causal})
+        for block in self.layers:
+            block.attention.cfg = self.cfg
+
     def head_weight(self) -> Tensor:
         """The matrix (V, D) that turns hidden states into scores; the embedding's own where they are tied."""
         return self.embed.weight if self.head is None else self.head.weight

@@ -113,6 +113,8 @@ def train(
     try:
         session = _Session(model, loader, settings, run, objective, hooks or Hooks(), parents or [], world)
         session.method, session.trunk = method, trunk
+        if trunk is not None:
+            (hooks or Hooks()).talk(trunk.open(model.cfg.width, session.place.work))
         try:
             if resume:
                 session.resume()
@@ -420,7 +422,7 @@ class _Session:
                 for text in self.hooks.sample(self.step, self.model) if sample and self.hooks.sample else []:
                     self.record("sample", **text)
             self.model.train()
-            loss = float(found.get("loss", math.nan))
+            loss = float(found.get("choose", found.get("loss", math.nan)))
             if self.step and (loss < self.best_loss if self.best_loss is not None else math.isfinite(loss)):
                 self.best_loss, self.best_step = loss, self.step
                 self.save()

@@ -41,17 +41,22 @@ def frozen_layers(model: Any) -> int:
 class Trunk:
     """The outputs of the first `layers` blocks for numbered rows; with a `folder` they are kept there.
 
-    `key` is what decides them (base, rows): a folder with another one is written anew.
+    There are `rows` rows of `tokens` places. `key` is what decides what is computed (base, rows): a folder with another
+    one is written anew.
     """
 
-    def __init__(self, layers: int, folder: Path | None = None, *, key: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, layers: int, folder: Path | None = None, *, rows: int, tokens: int, key: dict[str, Any] | None = None
+    ) -> None:
         self.layers, self.folder, self.key = layers, folder, {**(key or {}), "layers": layers}
+        self.rows, self.tokens = rows, tokens
         self.store: np.memmap[Any, Any] | None = None
         self.have: np.memmap[Any, Any] | None = None
         self.reads = self.computed = 0
 
-    def open(self, rows: int, tokens: int, width: int, dtype: torch.dtype) -> str:
-        """Make room for so many rows; returns a sentence on what was decided."""
+    def open(self, width: int, dtype: torch.dtype) -> str:
+        """Make room for the rows of that width and type; returns a sentence on what was decided."""
+        rows, tokens = self.rows, self.tokens
         if self.folder is None or not self.layers:
             return f"the first {self.layers} blocks are frozen: computed without a gradient"
         bytes_each = 2 if dtype in (torch.bfloat16, torch.float16) else 4

@@ -1,0 +1,114 @@
+"""Measuring a task model: for a run at its end, and for `ratoon evaluate`.
+
+Decides what is written beside a run: evaluation.json (every figure), predictions.jsonl (every record), and the page.
+What is measured is decided in `evaluate/`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ratoon.base.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from ratoon.data.records import Parts
+    from ratoon.evaluate.task import TaskReport
+    from ratoon.generate.lm import LanguageModel
+    from ratoon.store.runs import Run
+    from ratoon.tasks.contract import Task
+
+Talk = Callable[[str], None]
+
+
+def measure_run(run: Run, task: Task[Any], parts: Parts, *, language: str, talk: Talk) -> dict[str, Any]:
+    """Measure the run's model, as it was saved, on its test records; returns the figures."""
+    from ratoon.evaluate.task import evaluate_task
+    from ratoon.generate.lm import load
+
+    lm = load(str(run.folder), dtype=working_dtype(), device=None)
+    began = time.perf_counter()
+    report = evaluate_task(
+        lm, task, parts.test, language=language, too_long=lm.facts.get("data", {}).get("too_long", "cut-right"),
+        seen_places=parts.seen_test_places, progress=progress("records"),
+    )  # fmt: skip
+    report.facts |= {"model": run.name, "seconds": time.perf_counter() - began, "dtype": working_dtype()}
+    write_report(run.folder / "evaluation", report)
+    for sentence in lines(report):
+        talk(sentence)
+    return summary(report)
+
+
+def working_dtype() -> str:
+    """bfloat16 where the processor multiplies it fast, as in training; else float32."""
+    import torch
+
+    from ratoon.model import fused
+
+    return "bfloat16" if torch.cuda.is_available() or fused.usable() else "float32"
+
+
+def write_report(folder: Path, report: TaskReport) -> None:
+    """evaluation.json, predictions.jsonl and the page, each whole or not at all."""
+    from ratoon.store.atomic import write_json, write_text
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps(one.as_dict(report.task), ensure_ascii=False) for one in report.predictions]
+    write_text(folder / "predictions.jsonl", "\n".join(rows) + "\n")
+    write_json(folder / "evaluation.json", report.as_dict())
+
+
+def summary(report: TaskReport) -> dict[str, Any]:
+    """The figures alone."""
+    found = report.as_dict()
+    return {key: found[key] for key in ("task", "n", "values", "interval_of", "seconds", "copies_of_training",
+                                        "without_copies") if key in found}  # fmt: skip
+
+
+def lines(report: TaskReport) -> list[str]:
+    """The figures as sentences: the main ones first."""
+    said = []
+    for one in report.measured.values:
+        if one.value is None:
+            said.append(f"{one.name}: undefined ({one.note})")
+            continue
+        interval = "" if one.interval is None else f" [{one.interval[0]:.4f}, {one.interval[1]:.4f}]"
+        said.append(f"{one.name} {one.value:.4f}{interval}, n = {one.n:,} {one.unit}s")
+    if report.copies and report.without_copies is not None:
+        main = report.without_copies.values[0]
+        said.append(f"without {report.copies:,} records that also stand in training: {main.name} {main.value:.4f}")
+    return said
+
+
+def progress(what: str) -> Callable[[int, int], None]:
+    """A line that moves, on a terminal only."""
+    import sys
+
+    moving = sys.stderr.isatty()
+
+    def show(done: int, total: int) -> None:
+        if moving:
+            sys.stderr.write(f"\r{done:,} of {total:,} {what}" + ("\n" if done == total else ""))
+            sys.stderr.flush()
+
+    return show
+
+
+def task_of_model(lm: LanguageModel) -> Task[Any]:
+    """The task that a model was fine-tuned for, as its manifest tells. Raises `ArtifactError` where it tells none."""
+    from ratoon.tasks.registry import task_of
+
+    facts = lm.facts.get("task")
+    if not isinstance(facts, dict):
+        raise ArtifactError(
+            f"'{lm.name}' was not fine-tuned for a task",
+            where=lm.facts.get("path"),
+            expected="a model that `ratoon finetune` made",
+            fix="name a recipe: ratoon evaluate MODEL --task RECIPE",
+        )
+    task = task_of({"kind": facts["kind"], **facts["settings"]})
+    task.restore(facts)
+    return task

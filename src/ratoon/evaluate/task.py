@@ -1,0 +1,399 @@
+"""How good a model is at a task: what it answers to each record, and what is measured of that.
+
+Decides how records are put to a model (packed rows through a head, or prompts through the one decoding loop) and which
+measures belong to a task. The measures are `metrics/`'s, what a record is the task's, training's loss `train/`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ratoon.base.errors import ArtifactError, ConfigError, DataError
+from ratoon.data.batch import Batch
+from ratoon.data.examples import in_order
+from ratoon.evaluate.metrics.value import Measured
+from ratoon.generate.lm import LanguageModel
+from ratoon.generate.sample import Sampling
+from ratoon.tasks.contract import Encoded, Task, TooLong
+from ratoon.tasks.example import Example
+
+Progress = Callable[[int, int], None]
+ROW_TOKENS = 4096
+"""Places of the rows that are read at once: many short records share them."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model answered to one record. `probabilities` in the order of the task's labels, where it has them;
+    `nats` and `tokens`: how likely the right answer was, for tasks that are decoded."""
+
+    record: Any
+    answer: Any
+    probabilities: tuple[float, ...] | None = None
+    text: str | None = None
+    nats: float | None = None
+    tokens: int = 0
+
+    def as_dict(self, task: Task[Any]) -> dict[str, Any]:
+        """The prediction as a line of predictions.jsonl."""
+        expected = task.expected(self.record)
+        facts: dict[str, Any] = {
+            "id": self.record.id,
+            "place": self.record.place,
+            "input": task.text(self.record),
+            "expected": _plain(expected),
+            "answer": _plain(self.answer),
+        }
+        if self.probabilities is not None:
+            facts["probabilities"] = [round(float(one), 6) for one in self.probabilities]
+        if self.text is not None:
+            facts["text"] = self.text
+        return facts
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@dataclass
+class TaskReport:
+    """A measurement of a task: the predictions, what was measured of them, and what was measured without records that
+    also stand in training."""
+
+    task: Task[Any]
+    predictions: list[Prediction]
+    measured: Measured
+    without_copies: Measured | None = None
+    copies: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the predictions as plain values."""
+        found = {
+            "task": self.task.kind,
+            "task_version": self.task.version,
+            "measure": self.task.measure,
+            "n": len(self.predictions),
+            **self.measured.as_dict(),
+            **self.facts,
+        }
+        found.pop("per_record")
+        if self.copies:
+            found["copies_of_training"] = self.copies
+            found["without_copies"] = (
+                None if self.without_copies is None else [one.as_dict() for one in self.without_copies.values]
+            )
+        return found
+
+
+def evaluate_task(
+    lm: LanguageModel,
+    task: Task[Any],
+    records: Sequence[Any],
+    *,
+    language: str = "en",
+    too_long: TooLong = "cut-right",
+    seen_places: set[str] | frozenset[str] = frozenset(),
+    sampling: Sampling | None = None,
+    progress: Progress | None = None,
+) -> TaskReport:
+    """Put `records` to the model and measure the answers.
+
+    `seen_places`: places of records that also stand in training; if there are any, everything is measured without them
+    too. Raises `DataError` when there is no record, or one does not fit the model.
+    """
+    if not records:
+        raise DataError("there is no record to measure on", where="data.test", fix="name files with rows of the task")
+    for record in records:
+        task.check(record)
+    predictions = predict(lm, task, records, too_long=too_long, sampling=sampling, progress=progress)
+    clean = [one for one in predictions if one.record.place not in seen_places]
+    copies = len(predictions) - len(clean)
+    return TaskReport(
+        task,
+        predictions,
+        measure(task, predictions, language),
+        measure(task, clean, language) if copies and clean else None,
+        copies,
+    )
+
+
+def predict(
+    lm: LanguageModel,
+    task: Task[Any],
+    records: Sequence[Any],
+    *,
+    too_long: TooLong = "cut-right",
+    sampling: Sampling | None = None,
+    progress: Progress | None = None,
+) -> list[Prediction]:
+    """The model's answer to each record, in their order."""
+    if task.head() is not None:
+        return _by_head(lm, task, records, too_long, progress)
+    if task.measure == "preference":
+        return _by_likelihood(lm, task, records, too_long, progress)
+    return _by_decoding(lm, task, records, too_long, sampling, progress)
+
+
+def encode(lm: LanguageModel, task: Task[Any], record: Any, too_long: TooLong, room_tokens: int) -> Encoded:
+    """A record as examples, as training sees it."""
+    if lm.tokenizer is None:
+        raise ArtifactError(f"'{lm.name}' has no tokenizer, and text cannot be read without one")
+    try:
+        return task.encode(record, lm.tokenizer, room_tokens=room_tokens, too_long=too_long)
+    except ConfigError:  # a policy that the task does not have
+        return task.encode(record, lm.tokenizer, room_tokens=room_tokens, too_long="cut-right")
+
+
+def _by_head(
+    lm: LanguageModel, task: Task[Any], records: Sequence[Any], too_long: TooLong, progress: Progress | None
+) -> list[Prediction]:
+    wanted, head = task.head(), lm.model.task_head
+    assert wanted is not None
+    if head is None:
+        raise ArtifactError(
+            f"'{lm.name}' has no head for the task {task.kind}",
+            where=lm.facts.get("path"),
+            expected=f"a head of kind {wanted.kind}",
+            fix="fine-tune it for the task: ratoon finetune",
+        )
+    if head.cfg.labels != wanted.labels or head.cfg.kind != wanted.kind:
+        raise ArtifactError(
+            f"the head scores {', '.join(head.cfg.labels[:8])}",
+            where=lm.facts.get("path"),
+            expected=", ".join(wanted.labels[:8]),
+            fix="the task's labels must be those that the model was trained with",
+        )
+    policy: TooLong = "split" if wanted.kind in ("token", "span") else too_long
+    leading = lm.virtual_tokens
+    room = lm.context_tokens - leading
+    examples: list[Example] = []
+    owner: list[int] = []
+    for number, record in enumerate(records):
+        found = encode(lm, task, record, policy, room)
+        if not found.examples:
+            raise DataError(f"the record cannot be put to the model: {found.reason}", where=record.place)
+        examples += found.examples
+        owner += [number] * len(found.examples)
+    scores = head_scores(lm, examples, asked=wanted.kind == "span", progress=progress)
+    by_record: list[list[Any]] = [[] for _ in records]
+    for number, found_scores in zip(owner, scores, strict=True):
+        by_record[number].append(found_scores)
+    predictions = []
+    for record, parts in zip(records, by_record, strict=True):
+        if wanted.kind == "sequence":
+            row = parts[0][0]
+            predictions.append(Prediction(record, task.read_scores(record, row), _probabilities(row, wanted.problem)))
+        elif wanted.kind == "token":
+            predictions.append(Prediction(record, task.read_scores(record, np.concatenate(parts))))
+        else:
+            predictions.append(Prediction(record, task.read_scores(record, parts)))
+    return predictions
+
+
+def _probabilities(scores_K: npt.NDArray[np.float32], problem: str) -> tuple[float, ...] | None:
+    if problem == "number":
+        return None
+    wide_K = scores_K.astype(np.float64)
+    if problem == "several":
+        found = 1 / (1 + np.exp(-wide_K))
+    else:
+        shifted = np.exp(wide_K - wide_K.max())
+        found = shifted / shifted.sum()
+    return tuple(found.tolist())
+
+
+@torch.no_grad()
+def head_scores(
+    lm: LanguageModel, examples: Sequence[Example], *, asked: bool = False, progress: Progress | None = None
+) -> list[npt.NDArray[np.float32]]:
+    """The head's scores (positions, labels) of each example: at its positions of weight above 0, or, `asked`, at those
+    whose target is above 0."""
+    model, leading = lm.model, lm.virtual_tokens
+    longest = max(example.places for example in examples) + leading
+    row_tokens = min(lm.context_tokens, max(longest, 256))
+    device = model.head_weight().device
+    assert model.task_head is not None
+    found: list[npt.NDArray[np.float32] | None] = [None] * len(examples)
+    done = 0
+    for batch, rows in in_order(
+        examples, context_tokens=row_tokens, rows=max(1, ROW_TOKENS // row_tokens), leading=leading
+    ):
+        hidden_BTD, document_BT, position_BT = _read(model, batch, device)
+        at_BT = torch.from_numpy((batch.targets_BT > 0) if asked else (batch.weight_BT > 0)).to(device)
+        own_BT = position_BT >= leading if leading else None
+        scores_NK = model.task_head(hidden_BTD, at_BT, document_BT, own_BT).cpu().numpy()
+        at = 0
+        flags = at_BT.cpu().numpy()
+        for row, members in enumerate(rows):
+            for document, number in enumerate(members):
+                n = int(flags[row][batch.document_BT[row] == document].sum())
+                found[number] = scores_NK[at : at + n]
+                at += n
+        done += sum(map(len, rows))
+        if progress is not None:
+            progress(done, len(examples))
+    return [one for one in found if one is not None]
+
+
+def _read(model: Any, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    document_BT = torch.from_numpy(batch.document_BT).to(device)
+    position_BT = torch.from_numpy(batch.position_BT).to(device)
+    hidden_BTD = model(torch.from_numpy(batch.ids_BT).to(device), position_BT, document_BT)
+    return hidden_BTD, document_BT, position_BT
+
+
+def _by_decoding(
+    lm: LanguageModel,
+    task: Task[Any],
+    records: Sequence[Any],
+    too_long: TooLong,
+    sampling: Sampling | None,
+    progress: Progress | None,
+) -> list[Prediction]:
+    """Greedy answers, unless a sampling says otherwise, and how likely the right ones were."""
+    if task.measure == "perplexity":
+        nats, tokens = likelihoods(lm, task, records, too_long)
+        return [Prediction(r, None, nats=n, tokens=t) for r, n, t in zip(records, nats, tokens, strict=True)]
+    assert lm.tokenizer is not None
+    questions = [
+        task.question(record, lm.tokenizer, room_tokens=lm.context_tokens - lm.virtual_tokens) for record in records
+    ]
+    order = sorted(range(len(records)), key=lambda number: -len(questions[number].ids))
+    texts: list[str] = [""] * len(records)
+    chunk = 64
+    for start in range(0, len(order), chunk):
+        part = order[start : start + chunk]
+        longest = max(questions[number].max_new_tokens for number in part)
+        chosen = sampling if sampling is not None else Sampling(max_new_tokens=longest, temperature=0.0)
+        for number, text in zip(part, lm.answer([questions[number] for number in part], chosen), strict=True):
+            texts[number] = text
+        if progress is not None:
+            progress(min(start + chunk, len(order)), len(order))
+    return [
+        Prediction(record, task.read_answer(record, text), text=text)
+        for record, text in zip(records, texts, strict=True)
+    ]
+
+
+@torch.no_grad()
+def likelihoods(
+    lm: LanguageModel, task: Task[Any], records: Sequence[Any], too_long: TooLong
+) -> tuple[list[float], list[int]]:
+    """-log p of what is learned of each record in nats, and of how many tokens; split records are summed."""
+    from ratoon.model.likelihood import token_losses
+
+    examples: list[Example] = []
+    owner: list[int] = []
+    room = lm.context_tokens - lm.virtual_tokens
+    for number, record in enumerate(records):
+        found = encode(lm, task, record, too_long, room)
+        for example in found.examples:
+            one: Example | None = example
+            while one is not None:
+                examples.append(Example(one.ids, one.weight, one.name))
+                owner.append(number)
+                one = one.beside
+    nats, tokens = [0.0] * len(records), [0] * len(records)
+    row_tokens = min(lm.context_tokens, max(256, max(example.places for example in examples) + lm.virtual_tokens))
+    device = lm.model.head_weight().device
+    for batch, rows in in_order(
+        examples, context_tokens=row_tokens, rows=max(1, ROW_TOKENS // row_tokens), leading=lm.virtual_tokens
+    ):
+        hidden_BTD, _, _ = _read(lm.model, batch, device)
+        loss_BT = token_losses(lm.model, hidden_BTD, torch.from_numpy(batch.targets_BT).to(device)).cpu().numpy()
+        for row, members in enumerate(rows):
+            for document, number in enumerate(members):
+                learned = (batch.document_BT[row] == document) & (batch.weight_BT[row] > 0)
+                nats[owner[number]] += float(loss_BT[row][learned].sum(dtype=np.float64))
+                tokens[owner[number]] += int(learned.sum())
+    return nats, tokens
+
+
+def _by_likelihood(
+    lm: LanguageModel, task: Task[Any], records: Sequence[Any], too_long: TooLong, progress: Progress | None
+) -> list[Prediction]:
+    """Pairs: which of the two answers the model finds likelier, per token."""
+    chosen: list[float] = []
+    rejected: list[float] = []
+    for side, nats_per_token in ((0, chosen), (1, rejected)):
+        one_sided = _OneSide(task, side)
+        nats, tokens = likelihoods(lm, one_sided, records, too_long)  # type: ignore[arg-type]
+        nats_per_token += [n / max(t, 1) for n, t in zip(nats, tokens, strict=True)]
+    return [
+        Prediction(record, "chosen" if c < r else "rejected", probabilities=None, nats=c - r)
+        for record, c, r in zip(records, chosen, rejected, strict=True)
+    ]
+
+
+@dataclass
+class _OneSide:
+    """A task of pairs that gives one side of each alone."""
+
+    task: Task[Any]
+    side: int
+
+    def encode(self, record: Any, tokenizer: Any, *, room_tokens: int, too_long: TooLong) -> Encoded:
+        found = self.task.encode(record, tokenizer, room_tokens=room_tokens, too_long=too_long)
+        examples = []
+        for example in found.examples:
+            one = example if self.side == 0 else example.beside
+            assert one is not None
+            examples.append(Example(one.ids, one.weight, one.name))
+        return Encoded(examples, found.rendered_tokens)
+
+
+def measure(task: Task[Any], predictions: Sequence[Prediction], language: str, **drawing: int) -> Measured:
+    """The measures that belong to the task; `drawing` (seed, resamples) is for their intervals. Raises `ConfigError`
+    for a library that is missing."""
+    expected = [task.expected(one.record) for one in predictions]
+    answers = [one.answer for one in predictions]
+    labels = list(getattr(task, "labels", ()))
+    given = [one.probabilities for one in predictions]
+    probabilities = None if any(one is None for one in given) else np.asarray(given, dtype=np.float64)
+    if task.measure == "classification":
+        from ratoon.evaluate.metrics.classification import classification
+
+        return classification(expected, answers, labels, probabilities, **drawing)
+    if task.measure == "multi_label":
+        from ratoon.evaluate.metrics.classification import multi_label
+
+        return multi_label(expected, answers, labels, probabilities, **drawing)
+    if task.measure == "tagging":
+        from ratoon.evaluate.metrics.tagging import tagging
+
+        return tagging(expected, answers, **drawing)
+    if task.measure == "numbers":
+        from ratoon.evaluate.metrics.numbers import scores
+
+        settings: Any = task.settings
+        return scores(expected, answers, settings.low, settings.high, settings.step, **drawing)
+    if task.measure == "answers":
+        from ratoon.evaluate.metrics.answers import answers as question_answers
+
+        return question_answers(expected, answers, language, **drawing)
+    if task.measure == "translation":
+        from ratoon.evaluate.metrics.overlap import translation
+
+        return translation(expected, answers, getattr(task.settings, "target_language", None) or language, **drawing)
+    if task.measure == "summaries":
+        from ratoon.evaluate.metrics.overlap import summaries
+
+        return summaries(expected, answers, language, **drawing)
+    if task.measure == "perplexity":
+        from ratoon.evaluate.metrics.likelihood import perplexity
+
+        return perplexity([one.nats or 0.0 for one in predictions], [one.tokens for one in predictions], **drawing)
+    if task.measure == "preference":
+        from ratoon.evaluate.metrics.classification import classification
+
+        return classification(["chosen"] * len(answers), answers, ["chosen", "rejected"], **drawing)
+    raise ConfigError(f"there is no measure '{task.measure}'", where=f"task {task.kind}")
