@@ -1,7 +1,7 @@
 """Beam search: several sequences side by side for each prompt, the best by summed log probability kept.
 
-A strategy of the loop in `decode.py`. Scores and the end are those of Transformers' beam search with
-`early_stopping="never"` (here the default: nothing better can follow) or `True`.
+A strategy of the loop in `decode.py`, for causal models and for encoder-decoders alike. Scores and the end are those of
+Transformers' beam search with `early_stopping="never"` (here the default: nothing better can follow) or `True`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 
 from ratoon.generate.rows import Ends, Finish, Generated, Move, Row
-from ratoon.generate.sample import penalize_repetition
+from ratoon.generate.sample import Sampling, penalize_repetition
 from ratoon.generate.stopping import text_of
+
+
+def length_norm(length_tokens: int, sampling: Sampling) -> float:
+    """What a sequence's summed log probability is divided by: length^α, or ((5 + length) / 6)^α of Wu et al.,
+    arXiv:1609.08144, eq. 14 (its coverage penalty is left out)."""
+    length = (5 + length_tokens) / 6 if sampling.length_norm == "wu" else length_tokens
+    return float(length**sampling.length_penalty)
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ class Beams:
         sampling = self.ends.sampling
         if sampling.early_stopping and len(search.answers) == sampling.num_beams:
             return
-        rank = beam.score / len(beam.ids) ** sampling.length_penalty
+        rank = beam.score / length_norm(len(beam.ids), sampling)
         search.answers.append(Answer(beam, rank, finish))
         search.answers.sort(key=lambda answer: -answer.rank)
         del search.answers[sampling.num_beams :]
@@ -147,7 +154,7 @@ class Beams:
             return True
         # A negative sum shrinks with the length it may still be divided by.
         length = search.row.room if sampling.length_penalty > 0 else len(search.beams[0].ids)
-        return bool(search.beams[0].score / length**sampling.length_penalty <= search.answers[-1].rank)
+        return bool(search.beams[0].score / length_norm(length, sampling) <= search.answers[-1].rank)
 
     def result(self, row: Row) -> Generated:
         """The best answer of a row."""

@@ -13,7 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ratoon.base.errors import ConfigError
+from ratoon.adapt.bank import leading_slots, these_rows
+from ratoon.adapt.slots import with_virtual
+from ratoon.base.errors import ConfigError, DataError
 from ratoon.generate.beam import Beams
 from ratoon.generate.native import MOST_ROWS, NativeStep
 from ratoon.generate.rows import Ends, Finish, Generated, MakeDecoder, Move, Row, Strategy, fit
@@ -33,9 +35,18 @@ PREFILL_TOKENS = 512
 class Reader:
     """The model's side of the loop: reads prompts and tokens through a cache, gives the last token's scores."""
 
-    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], capacity: int, kernel: Kernel) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        capacity: int,
+        kernel: Kernel,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
         self.model = model
         self.prompts = prompts
+        self.numbers = list(range(len(prompts)) if numbers is None else numbers)
+        """Which of the caller's prompts each row of the cache goes on from; by it adapters are chosen."""
         weight = model.head_weight()
         self.device = weight.device
         self.cache = Cache(model.cfg, len(prompts), capacity, dtype=weight.dtype, device=self.device)
@@ -64,14 +75,15 @@ class Reader:
             document_BT = torch.where(slot_BT < 0, -1, 0).to(torch.int32)
         for start in range(0, ids_BT.shape[1], PREFILL_TOKENS):
             part = slice(start, start + PREFILL_TOKENS)
-            hidden_BTD = self.model(
-                ids_BT[:, part],
-                None if position_BT is None else position_BT[:, part],
-                None if document_BT is None else document_BT[:, part],
-                self.cache,
-                memory_BSD=memory_BSD,
-                memory_document_BS=memory_document_BS,
-            )
+            with these_rows(self.model, self.numbers):
+                hidden_BTD = self.model(
+                    ids_BT[:, part],
+                    None if position_BT is None else position_BT[:, part],
+                    None if document_BT is None else document_BT[:, part],
+                    self.cache,
+                    memory_BSD=memory_BSD,
+                    memory_document_BS=memory_document_BS,
+                )
         return self.model.logits(hidden_BTD[:, -1])
 
     def step(self, move: Move) -> Tensor:
@@ -84,7 +96,8 @@ class Reader:
             return self.native(move.ids, position, self.padding)
         ids_B1 = torch.tensor(move.ids, device=self.device)[:, None]
         position_B1 = torch.tensor(position, device=self.device)[:, None] if self.cache.padded else None
-        hidden_B1D = self.model(ids_B1, position_B1, None, self.cache, memory_document_BS=self.memory_document_BS)
+        with these_rows(self.model, self.numbers):
+            hidden_B1D = self.model(ids_B1, position_B1, None, self.cache, memory_document_BS=self.memory_document_BS)
         return self.model.logits(hidden_B1D[:, -1])
 
     def _reorder(self, rows: list[int]) -> None:
@@ -92,6 +105,7 @@ class Reader:
         self.cache.reorder(index)
         self.position = [self.position[row] for row in rows]
         self.padding = [self.padding[row] for row in rows]
+        self.numbers = [self.numbers[row] for row in rows]
         if self.memory_document_BS is not None:
             self.memory_document_BS = self.memory_document_BS.index_select(0, index)
 
@@ -227,14 +241,18 @@ def generate(
         raise ConfigError("beam search has no text to stream before its end", fix="leave out streaming, or num_beams")
     if (sources is not None) != isinstance(model, EncoderDecoder):
         raise ConfigError("sources belong to an encoder-decoder, and it cannot do without them")
-    rows = fit(prompts, sampling, cfg.context_tokens, shorten)
+    if isinstance(model, EncoderDecoder) and sources is not None:
+        _check_sources(sources, len(prompts), model.encoder.cfg.context_tokens)
+    rows = fit(prompts, sampling, cfg.context_tokens, shorten, leading_slots(transformer, len(prompts)))
     ends = Ends(tuple(cfg.eos_ids if eos_ids is None else eos_ids), sampling, decoder)
     if sampling.temperature > 0:
         for row, chance in zip(rows, row_streams([row.prompt for row in rows], sampling.seed), strict=True):
             row.chance = chance
     answers: dict[int, Generated] = {}
     # Rows of like length stand together: less padding.
-    ordered = sorted(rows, key=lambda row: -len(row.prompt))
+    ordered = sorted(
+        rows, key=lambda row: (-row.leading - len(row.prompt), -len(sources[row.index]) if sources is not None else 0)
+    )
     for start in range(0, len(ordered), batch_rows):
         group = ordered[start : start + batch_rows]
         strategy: Strategy
@@ -256,9 +274,10 @@ def _run(
 ) -> None:
     """Read the rows' prompts, then choose and read until the strategy has enough."""
     # Rows are aligned at the end of their prompts.
-    capacity = max(len(row.prompt) for row in rows) + max(row.room for row in rows) - 1
+    prompts = [with_virtual(row.prompt, row.leading) for row in rows]
+    capacity = max(map(len, prompts)) + max(row.room for row in rows) - 1
     transformer = model.decoder if isinstance(model, EncoderDecoder) else model
-    reader = Reader(transformer, [row.prompt for row in rows], capacity, kernel)
+    reader = Reader(transformer, prompts, capacity, kernel, [row.index for row in rows])
     memory_BSD = memory_document_BS = None
     if isinstance(model, EncoderDecoder):
         assert sources is not None, "an encoder-decoder has a source for each prompt"
@@ -274,6 +293,20 @@ def _run(
             logits_BV = reader.step(move)
     finally:
         torch.set_num_threads(threads)
+
+
+def _check_sources(sources: Sequence[Sequence[int]], prompts: int, context_tokens: int) -> None:
+    """Raises `DataError` for a source that is empty or longer than the encoder's context."""
+    if len(sources) != prompts:
+        raise ConfigError(f"{len(sources)} sources for {prompts} prompts", expected="one source for each prompt")
+    for number, source in enumerate(sources):
+        if not 1 <= len(source) <= context_tokens:
+            raise DataError(
+                f"the source has {len(source):,} tokens",
+                where=f"source {number}",
+                expected=f"1 to {context_tokens:,}, the encoder's context",
+                fix="shorten it, or split it into sentences" if len(source) else "leave it out",
+            )
 
 
 def _pad_sources(sources: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -109,10 +109,13 @@ class LanguageModel:
     def answer(self, questions: Sequence[Question], sampling: Sampling) -> list[str]:
         """The text that the model gives to each question of a task: ended by the text's or the turn's end, by a stop
         of the question, or by its own number of new tokens."""
-        tokenizer = self._need_tokenizer("answering")
         ends = self.turn_end_ids if self.can_chat else self.eos_ids
         ids = [question.ids for question in questions]
-        made = self._answers(ids, sampling, ends, shorten=None, on_text=None)
+        return self._texts(questions, self._answers(ids, sampling, ends, shorten=None, on_text=None))
+
+    def _texts(self, questions: Sequence[Question], made: Sequence[Generated]) -> list[str]:
+        """What was made of each question, up to its own limits."""
+        tokenizer = self._need_tokenizer("answering")
         texts = []
         for question, one in zip(questions, made, strict=True):
             text = tokenizer.decode(list(one.ids)[: question.max_new_tokens])
@@ -311,14 +314,17 @@ def _catalogue_model(name: str) -> tuple[Path | None, str]:
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> LanguageModel:
-    from ratoon.model.folder import read_model
+    from ratoon.generate.translate import Translator
+    from ratoon.model.folder import is_encoder_decoder, read_encoder_decoder, read_model
     from ratoon.store.artifact import MANIFEST, read_manifest
     from ratoon.text.tokenizer import Tokenizer
 
-    model = read_model(folder, dtype=dtype)
     tokenizer = Tokenizer.load(folder) if any((folder / file).is_file() for file in TOKENIZER_FILES) else None
     told = read_manifest(folder).facts if (folder / MANIFEST).is_file() else {}
-    return LanguageModel(model, tokenizer, facts={key: told[key] for key in KEPT_FACTS & told.keys()})
+    facts = {key: told[key] for key in KEPT_FACTS & told.keys()}
+    if is_encoder_decoder(folder):
+        return Translator(read_encoder_decoder(folder, dtype=dtype), tokenizer, facts=facts)
+    return LanguageModel(read_model(folder, dtype=dtype), tokenizer, facts=facts)
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> LanguageModel:

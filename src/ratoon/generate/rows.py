@@ -40,13 +40,15 @@ class Generated:
 
 @dataclass
 class Row:
-    """A prompt and what came of it so far. `room`: the most tokens that may be added."""
+    """A prompt and what came of it so far. `room`: the most tokens that may be added. `leading`: virtual slots in front
+    of it."""
 
     index: int
     prompt: list[int]
     room: int
     full: Finish
     dropped: int = 0
+    leading: int = 0
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     watch: Watch | None = None
@@ -84,11 +86,16 @@ class Ends:
 
 
 def fit(
-    prompts: Sequence[Sequence[int]], sampling: Sampling, context_tokens: int, shorten: Literal["left"] | None
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    context_tokens: int,
+    shorten: Literal["left"] | None,
+    leading: Sequence[int] | None = None,
 ) -> list[Row]:
     """Prompts as rows that fit the context. Raises `DataError` for an empty prompt and for one longer than the
     context, unless `shorten="left"`: then the last tokens are kept that leave room for `max_new_tokens`, or half the
-    context if that is more, and the row counts what was dropped.
+    context if that is more, and the row counts what was dropped. `leading`: virtual slots in front of each prompt,
+    which take their part of the context.
     """
     rows = []
     for index, prompt in enumerate(prompts):
@@ -100,19 +107,20 @@ def fit(
                 expected="at least one token",
                 fix="give a text, or the model's first token (bos)",
             )
-        dropped = 0
-        if len(kept) > context_tokens:
+        dropped, slots = 0, 0 if leading is None else leading[index]
+        context = context_tokens - slots
+        if len(kept) > context:
             if shorten is None:
                 raise DataError(
                     f"the prompt has {len(kept):,} tokens",
                     where=f"prompt {index}",
-                    expected=f"at most {context_tokens:,}, the model's context",
+                    expected=f"at most {context:,}, the model's context",
                     fix='shorten it, or keep only its end with shorten="left" (--shorten left)',
                 )
-            keep = max(context_tokens - sampling.max_new_tokens + 1, (context_tokens + 1) // 2)
+            keep = max(context - sampling.max_new_tokens + 1, (context + 1) // 2)
             dropped = len(kept) - keep
             kept = kept[dropped:]
-        left = context_tokens - len(kept) + 1  # the last token is never read, so it needs no place
+        left = context - len(kept) + 1  # the last token is never read, so it needs no place
         full: Finish = "length" if sampling.max_new_tokens <= left else "context"
-        rows.append(Row(index, kept, min(sampling.max_new_tokens, left), full, dropped))
+        rows.append(Row(index, kept, min(sampling.max_new_tokens, left), full, dropped, slots))
     return rows

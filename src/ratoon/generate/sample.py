@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -49,6 +49,11 @@ class Sampling(Settings):
         default=1.0,
         description="beams are ranked by summed log probability / length ** this; above 0 favours long ones",
     )
+    length_norm: Literal["power", "wu"] = Field(
+        default="power",
+        description="power: the length itself is raised to length_penalty; wu: (5 + length) / 6 is, which short "
+        "translations take better (Wu et al., 2016)",
+    )
     early_stopping: bool = Field(
         default=False,
         description="beam search ends once num_beams answers are complete, though a better one may follow",
@@ -71,8 +76,8 @@ class Sampling(Settings):
             for name in ("top_k", "top_p", "min_p"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} has no effect at temperature 0 (greedy): give a temperature above 0")
-        if self.num_beams == 1 and (self.length_penalty != 1.0 or self.early_stopping):
-            raise ValueError("length_penalty and early_stopping have no effect without num_beams above 1")
+        if self.num_beams == 1 and (self.length_penalty != 1.0 or self.length_norm != "power" or self.early_stopping):
+            raise ValueError("length_penalty, length_norm and early_stopping have no effect without num_beams above 1")
         return self
 
 

@@ -32,6 +32,8 @@ class Cache:
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(cfg.layers)]
         self.memory: list[tuple[Tensor, Tensor] | None] = [None] * cfg.layers
         """Per layer, keys and values of the encoder's output (cross attention), made at the first call."""
+        self.memory_of = list(range(batch))
+        """Whose memory each row has, as numbers of the first rows: beams of one prompt share it."""
         self.document_BS = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
         self.padded = False
         self.length = 0
@@ -66,10 +68,13 @@ class Cache:
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes a copy of the former row rows[i] (int64): what beam search and finished rows need."""
+        memory_of = [self.memory_of[row] for row in rows.tolist()]
+        moved = memory_of != self.memory_of
+        self.memory_of = memory_of
         for layer in range(len(self.keys)):
             self.keys[layer] = self.keys[layer].index_select(0, rows)
             self.values[layer] = self.values[layer].index_select(0, rows)
             memory = self.memory[layer]
-            if memory is not None:
+            if memory is not None and moved:
                 self.memory[layer] = (memory[0].index_select(0, rows), memory[1].index_select(0, rows))
         self.document_BS = self.document_BS.index_select(0, rows)
