@@ -8,7 +8,7 @@ mathematics stands in a file of its own; how an adapter lies on disk is `folder.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,6 +53,9 @@ class Method(ABC):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+
+    def read_text(self, encode: Callable[[str], Sequence[int]]) -> None:  # noqa: B027
+        """Take the ids of a text that the settings name, where parts start from one; called before `install`."""
 
     @abstractmethod
     def install(self, model: Transformer, *, seed: int) -> None:
