@@ -186,6 +186,9 @@ class EncoderDecoderSettings(Settings):
     mlp: Literal["relu2", "swiglu"] = Field("relu2", description="the MLP's activation; swiglu has a gate")
     mlp_width: int | None = Field(None, ge=1, description="hidden width of the MLP; absent: 4 times the width")
     context_tokens: int = Field(256, ge=2, description="the longest source and the longest target")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="in training, the share of each block's additions that is left out"
+    )
     shared_embeddings: bool = Field(True, description="source, target and the scores use one table")
 
     def configs(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ratoon.model.config import EncoderDecoderSettings, ModelConfig
 from ratoon.model.fused import run_starts
-from ratoon.model.transformer import Linear, Site, TaskHead, Transformer
+from ratoon.model.transformer import Block, Linear, Site, TaskHead, Transformer
 
 
 class EncoderDecoder(nn.Module):
@@ -57,6 +57,12 @@ class EncoderDecoder(nn.Module):
     def head(self) -> Linear | None:
         """The decoder's own head; None where it is tied to the embedding."""
         return self.decoder.head
+
+    def set_dropout(self, share: float) -> None:
+        """In training, leave out so much of what each block adds to the stream."""
+        for block in self.layers:
+            assert isinstance(block, Block)
+            block.dropout = share
 
     @property
     def recompute_blocks(self) -> bool:
@@ -127,4 +133,6 @@ def new_encoder_decoder(
     Its parameters are NaN until `init_weights` sets them.
     """
     encoder, decoder = settings.configs(vocab_size, bos_id=bos_id, eos_ids=eos_ids, pad_id=pad_id)
-    return EncoderDecoder(encoder, decoder, shared_embeddings=settings.shared_embeddings)
+    model = EncoderDecoder(encoder, decoder, shared_embeddings=settings.shared_embeddings)
+    model.set_dropout(settings.dropout)
+    return model

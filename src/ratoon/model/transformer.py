@@ -331,6 +331,8 @@ class Block(nn.Module):
         self.mlp_norm = Norm(cfg, cfg.width)
         self.mlp = Experts(cfg) if cfg.has_experts(layer) else MLP(cfg)
         self.mlp_post_norm = Norm(cfg, cfg.width) if sandwich else None
+        self.dropout = 0.0
+        """In training, the share of each addition to the stream that is left out (Srivastava et al., 2014)."""
 
     def forward(
         self, x_BTD: Tensor, reading: Reading, cache: Cache | None = None, memory_BSD: Tensor | None = None
@@ -339,16 +341,19 @@ class Block(nn.Module):
         mixed_BTD = self.attention(self.attention_norm(x_BTD), reading, cache, None)
         if self.parallel:
             out_BTD, router = self.mlp(self.mlp_norm(x_BTD))
-            return x_BTD + mixed_BTD + out_BTD, router
+            return x_BTD + self._thinned(mixed_BTD + out_BTD), router
         if self.attention_post_norm is not None:
             mixed_BTD = self.attention_post_norm(mixed_BTD)
-        x_BTD = x_BTD + mixed_BTD
+        x_BTD = x_BTD + self._thinned(mixed_BTD)
         if self.cross is not None and self.cross_norm is not None:
-            x_BTD = x_BTD + self.cross(self.cross_norm(x_BTD), reading, cache, memory_BSD)
+            x_BTD = x_BTD + self._thinned(self.cross(self.cross_norm(x_BTD), reading, cache, memory_BSD))
         out_BTD, router = self.mlp(self.mlp_norm(x_BTD))
         if self.mlp_post_norm is not None:
             out_BTD = self.mlp_post_norm(out_BTD)
-        return x_BTD + out_BTD, router
+        return x_BTD + self._thinned(out_BTD), router
+
+    def _thinned(self, added_BTD: Tensor) -> Tensor:
+        return F.dropout(added_BTD, self.dropout) if self.dropout and self.training else added_BTD
 
 
 def _angles(
