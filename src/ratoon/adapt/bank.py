@@ -110,6 +110,11 @@ class _Place(nn.Module):
         self._names[name] = str(len(self.parts))
         self.parts[self._names[name]] = part
 
+    @property
+    def tokens(self) -> int:
+        """The most virtual tokens that an adapter has here."""
+        return max(int(part.tokens) for part in self.parts.values())  # type: ignore[arg-type]
+
     def groups(self, rows: int) -> list[tuple[Group, nn.Module | None]] | None:
         """The groups of a batch of so many rows with their parts here; None where no row has one."""
         choice = _chosen.get().get(self._model_id)

@@ -63,6 +63,11 @@ class Prefix(nn.Module):
         self.keys = nn.Parameter(keys_PX)
         self.values = nn.Parameter(values_PX)
 
+    @property
+    def tokens(self) -> int:
+        """P."""
+        return len(self.keys)
+
     def plain(self) -> tuple[Tensor, Tensor]:
         """Keys and values (P, K·C)."""
         return self.keys, self.values
@@ -98,6 +103,11 @@ class ReparametrizedPrefix(Prefix):
         width = len(source.bias)
         self.weight = nn.Parameter(torch.empty(2 * channels, width))
         self.bias = nn.Parameter(torch.empty(2 * channels))
+
+    @property
+    def tokens(self) -> int:
+        """P."""
+        return len(self.source.table)
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """Keys and values (P, K·C)."""

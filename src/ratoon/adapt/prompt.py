@@ -48,6 +48,11 @@ class VirtualTokens(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(values_PD)
 
+    @property
+    def tokens(self) -> int:
+        """P."""
+        return len(self.weight)
+
     def forward(self, x_BTD: Tensor, position_BT: Tensor) -> Tensor:
         """The stream with the vectors in the slots of positions below P."""
         return fill(x_BTD, self.weight, 0, position_BT)

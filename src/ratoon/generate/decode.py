@@ -92,8 +92,9 @@ class Reader:
             self._reorder(move.rows)
         position = self.position
         self.position = [place + 1 for place in position]
-        if self.native is not None and len(move.ids) <= MOST_ROWS:
-            return self.native(move.ids, position, self.padding)
+        native = self.native
+        if native is not None and len(move.ids) <= MOST_ROWS and min(position) >= native.first_position:
+            return native(move.ids, position, self.padding)
         ids_B1 = torch.tensor(move.ids, device=self.device)[:, None]
         position_B1 = torch.tensor(position, device=self.device)[:, None] if self.cache.padded else None
         with these_rows(self.model, self.numbers):

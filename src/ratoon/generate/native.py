@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,9 @@ def kernel() -> Callable[[object], int]:
 
 def why_not(model: Transformer) -> str | None:
     """Why the C step cannot stand for this model; None if it can. Looks at the layers as they are, so that a model
-    with an adapter, a hook or a layer of another kind keeps its own forward pass."""
-    cfg = model.cfg
+    with an adapter, a hook or a layer of another kind keeps its own forward pass. Virtual tokens were read with the
+    prompt: what fills their slots has no part in a step behind them (see `NativeStep.first_position`)."""
+    cfg, slots = model.cfg, _slots(model)
     if cfg.moe is not None or cfg.cross_attention or not cfg.causal:
         return "mixtures of experts, cross attention and encoders are not expressed in C"
     weight = model.head_weight()
@@ -78,14 +79,31 @@ def why_not(model: Transformer) -> str | None:
         return f"weights in {weight.dtype} on {weight.device.type}: float32 or bfloat16 on the CPU are expressed in C"
     known = (Transformer, Block, Attention, MLP, Linear, Norm, nn.ModuleList, type(model.embed))
     for name, module in model.named_modules():
+        if _within(name, slots):
+            continue
         if type(module) not in known:
             return f"{name} is a {type(module).__name__}"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name} has a hook"
     for name, parameter in model.named_parameters():
+        if _within(name, slots):
+            continue
         if parameter.dtype != weight.dtype or not parameter.is_contiguous() or parameter.device != weight.device:
             return f"{name} is stored unlike the other weights"
     return None
+
+
+def _slots(model: Transformer) -> dict[str, Any]:
+    """What fills the slots of virtual tokens, by its place in the model."""
+    places: dict[str, nn.Module | None] = {"virtual": model.virtual}
+    for number, block in enumerate(model.layers):
+        if isinstance(block, Block):
+            places[f"layers.{number}.attention.prefix"] = block.attention.prefix
+    return {name: module for name, module in places.items() if module is not None}
+
+
+def _within(name: str, places: Collection[str]) -> bool:
+    return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
 class NativeStep:
@@ -97,6 +115,8 @@ class NativeStep:
             raise Unavailable(reason)
         self._run = kernel()
         self.model, self.cache = model, cache
+        self.first_position: int = max((module.tokens for module in _slots(model).values()), default=0)
+        """Tokens at places before it are those of virtual tokens, which this step does not know."""
         self._alive: list[Tensor] = []
         cfg = model.cfg
         blocks = [block for block in model.layers if isinstance(block, Block)]
