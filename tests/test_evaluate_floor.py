@@ -30,6 +30,7 @@ from ratoon.evaluate.floor.run import FLOORS, floors
 from ratoon.evaluate.floor.sentences import sentences
 from ratoon.evaluate.metrics.overlap import summaries
 from ratoon.evaluate.metrics.tagging import iob2, tagging
+from ratoon.tasks.registry import TASKS
 
 SENTIMENT = Labelled(
     ["a good film", "good and nice", "a bad film", "bad, just bad", "so good", "the film was nice"],
@@ -100,8 +101,7 @@ def test_pairs_are_told_apart_by_what_they_share_and_by_their_order() -> None:
     assert found["overlap"] == same[80:] and found["tfidf-svm"] == same[80:] and len(set(found["majority"])) == 1
     numbers = PairNumbers(firsts[:80], seconds[:80], [float(one == "same") * 5 for one in same[:80]])
     asked = PairNumbers(firsts[80:], seconds[80:], [0.0] * 40)
-    graded = predicted("pairs", numbers, asked)
-    assert graded == predicted("scoring", numbers, asked)
+    graded = predicted("pair-scoring", numbers, asked)
     assert all((number > 2.5) == (one == "same") for number, one in zip(graded["tfidf-ridge"], same[80:], strict=True))
     order = Pairs(["a x", "b y"] * 10, ["b z", "a w"] * 10, ["up", "down"] * 10)
     assert labels.pair_by_words(order, Pairs(["a", "b"], ["b", "a"], ["", ""]), language="en", seed=1) == ["up", "down"]
@@ -186,6 +186,11 @@ def test_a_name_that_is_mostly_none_is_none() -> None:
     assert tags.by_name(half, Tagged([["May"]], [["O"]])) == [["B-PER"]]
 
 
+def test_neighbours_that_both_begin_are_two_names() -> None:
+    pair = Tagged([["Ann", "Bob", "sang"]], [["B-P", "B-P", "O"]])
+    assert tags.by_name(pair, Tagged([["then", "Bob"]], [["O", "O"]])) == [["O", "B-P"]]
+
+
 def test_names_of_every_scheme_keep_their_tags() -> None:
     words = [["Ann", "Lee", "Bonn", "saw", "Rome"]]
     for tagged in (
@@ -243,7 +248,7 @@ def test_answers_are_looked_for_where_the_question_is() -> None:
         "It was opened in 1889 for the fair.",
         "The tower was built by Gustave Eiffel.",
     ]
-    found = predicted("answering", train, test)
+    found = predicted("extractive", train, test)
     assert found["span"][0] == "1889" and "Eiffel" in str(found["span"][1])
     chinese = Questions(["谁建造了这座塔？"], ["这座塔由艾菲尔建造。它于1889年开放。"], [["艾菲尔"]])
     assert questions.best_sentence(chinese, chinese) == ["这座塔由艾菲尔建造。"]
@@ -284,15 +289,10 @@ def test_bad_requests_are_refused() -> None:
         floors("classification", SENTIMENT, Labelled([], []))
     with pytest.raises(DataError, match="not whole: 2 texts, 1 labels"):
         floors("classification", Labelled(["a", "b"], ["x"]), SENTIMENT)
-    assert set(FLOORS) >= {
-        "classification",
-        "multi-label",
-        "pairs",
-        "scoring",
-        "tagging",
-        "translation",
-        "summarization",
-    }
+
+
+def test_every_task_has_a_floor_but_preference() -> None:
+    assert set(FLOORS) == set(TASKS) - {"preference"}
 
 
 def test_without_scikit_learn_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,12 +137,14 @@ _QUESTIONS = (
 FLOORS: dict[str, dict[type, tuple[_Way, ...]]] = {
     "classification": {Labelled: _CLASSIFY},
     "multi-label": {LabelSets: _SEVERAL},
-    "pairs": {Pairs: _PAIRS, PairNumbers: _PAIR_NUMBERS},
-    "scoring": {Numbers: _NUMBERS, PairNumbers: _PAIR_NUMBERS},
+    "pairs": {Pairs: _PAIRS},
+    "pair-scoring": {PairNumbers: _PAIR_NUMBERS},
+    "scoring": {Numbers: _NUMBERS},
     "tagging": {Tagged: _TAGS},
     "translation": {Sources: (_COPY, _NEAREST)},
     "summarization": {Sources: _LEADS},
-    "answering": {Questions: _QUESTIONS, Sources: (_NEAREST,)},
+    "extractive": {Questions: _QUESTIONS},
+    "question-answering": {Questions: _QUESTIONS, Sources: (_NEAREST,)},
     "dialogue": {Sources: (_NEAREST,)},
     "generation": {Sources: (_NEAREST,)},
 }
