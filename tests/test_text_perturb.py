@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 
 import numpy as np
@@ -171,6 +172,13 @@ def test_homophones_prefer_what_the_texts_themselves_use_and_keep_to_the_script(
         for character in alike:
             character.encode("big5")
     assert homophones.is_traditional("臺灣的經濟") and not homophones.is_traditional("台湾的经济")
+
+
+def test_without_pypinyin_the_cure_is_named_and_english_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pypinyin", None)
+    with pytest.raises(ConfigError, match=r"ratoon\[eval\]"):
+        applied("homophones", "银行")
+    assert not PERTURBATIONS["homophones"].applies_to(ENGLISH)
 
 
 def test_drops_spare_the_first_of_a_word_and_digits() -> None:
