@@ -162,6 +162,9 @@ def test_without_a_choice_and_afterwards_the_model_is_the_base() -> None:
     plain = logits(model, ids_BT)
     bank = AdapterBank(model)
     filled(bank, list(METHODS))
+    named = {name.replace(".base.", ".") for name in trained(model)}
+    assert named == trained(little.model()).keys(), "the parts ask for no gradient, and what did still does"
+    assert model.sites() == little.model().sites()
     assert torch.equal(plain, logits(model, ids_BT))
     with bank.rows(["a.houlsby", "b.prefix"]):
         assert not torch.allclose(plain, logits(model, ids_BT), atol=0.01)

@@ -321,7 +321,9 @@ def need_c_step() -> None:
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": "after_rope", "norm_weight": "none"}, {"windows": (6, None)}])
 def test_the_c_attention_is_the_plain_one(name: str, changes: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 through C against float32 through torch, of packed documents: outputs and each gradient."""
-    table = {"width": 64, "heads": 4, "kv_heads": 2, **changes}
+    table = {"width": 64, "heads": 2, "kv_heads": 1, "init_std": 0.1, **changes}
+    base = little.model(**table)
+    assert fused.turns_inside(base.cfg), "without a prefix the C code would turn the keys itself"
     lengths = [P + 7, P + 12, 4]
     position_BT = torch.cat([torch.arange(n) for n in lengths])[None]
     document_BT = torch.tensor([0] * lengths[0] + [1] * lengths[1] + [-1] * lengths[2], dtype=torch.int32)[None]
@@ -343,7 +345,7 @@ def test_the_c_attention_is_the_plain_one(name: str, changes: Table, monkeypatch
     assert len(calls) == 2 and len(found[0]) == len(found[1]) == len(found[2]) > 1
     for exact, plain, fast in zip(*found, strict=True):
         rounding = float((exact - plain).norm() / exact.norm())
-        assert float((exact - fast).norm() / exact.norm()) < 1.3 * rounding + 0.01 < 0.3
+        assert float((exact - fast).norm() / exact.norm()) < 2 * rounding + 0.01 < 0.2
 
 
 # -- PEFT ------------------------------------------------------------------------------------------------------------
@@ -430,6 +432,29 @@ def read_adapter(folder: Path) -> tuple[Table, dict[str, Tensor]]:
 
     config: Table = json.loads((folder / "adapter_config.json").read_text())
     return config, load_file(folder / "adapter_model.safetensors")
+
+
+def test_the_mlp_is_that_of_peft() -> None:
+    """tanh(E W + b) V + c, keys before values, layer after layer."""
+    import peft
+
+    config = peft.PrefixTuningConfig(
+        num_virtual_tokens=P, token_dim=16, num_layers=2, encoder_hidden_size=7, prefix_projection=True
+    )
+    encoder = peft.PrefixEncoder(config)
+    method, model = ALL["prefix-mlp"](), little.model()
+    installed(method, model)
+    prefixes: list[Any] = [block.attention.prefix for block in model.layers]
+    values = {
+        "embedding.weight": prefixes[0].source.table,
+        "transform.0.weight": prefixes[0].source.weight,
+        "transform.0.bias": prefixes[0].source.bias,
+        "transform.2.weight": torch.cat([one.weight for one in prefixes]),
+        "transform.2.bias": torch.cat([one.bias for one in prefixes]),
+    }
+    encoder.load_state_dict(values)
+    wanted = encoder(torch.arange(P)[None])[0].detach()
+    torch.testing.assert_close(method.peft_weights(model)["prompt_embeddings"], wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_foreign_tensors_that_do_not_fit_are_refused() -> None:

@@ -116,6 +116,7 @@ def test_predictions_that_are_no_label_are_wrong_and_said() -> None:
     assert found.value("accuracy").note == "2 predictions are none of the labels and count as wrong"
     assert found.tables["confusion"] == {"labels": ["a", "b", NO_LABEL], "counts": [[1, 0, 1], [0, 1, 1], [0, 0, 0]]}
     assert value(found, "matthews") == pytest.approx(sk.matthews_corrcoef(expected, ["a", "x", "b", "x"]), abs=1e-12)
+    assert [row["support"] for row in found.tables["per_class"]] == [2, 2]
     nothing = classification(expected, [""] * 4, ["a", "b"])
     assert value(nothing, "accuracy") == 0.0 and value(nothing, "f1_macro") == 0.0
 

@@ -108,6 +108,13 @@ def test_one_number_has_errors_but_no_correlation() -> None:
     assert found.value("rmse").interval is None and found.value("rmse").note == "a single record: no interval"
 
 
+def test_resamples_of_equal_numbers_have_no_correlation() -> None:
+    """Draws without the last two: rounding must not make a correlation of them. Ranks are exact and say how many."""
+    found = scores([0.1] * 40 + [0.7] * 2, [0.3] * 40 + [0.9, 0.8])
+    notes = [found.value(name).note for name in ("spearman", "pearson")]
+    assert notes[0] is not None and "of 1000 resamples; no interval" in notes[0] and notes[1] == notes[0]
+
+
 def test_two_graders_are_compared() -> None:
     expected, predicted = graded(6, 150)
     noise = stream(7, "noise").normal(0, 2.0, 150)

@@ -273,7 +273,13 @@ def test_two_translators_are_compared() -> None:
 class FewSynonyms:
     """A WordNet of a few words, in the form that NLTK's METEOR asks."""
 
-    GROUPS = [("big", "large", "huge"), ("dog", "hound"), ("quick", "fast"), ("large", "ample"), ("hous", "home_of")]
+    GROUPS = [
+        ("big", "large", "huge"),
+        ("dog", "hound"),
+        ("quick", "fast", "ran"),
+        ("large", "ample"),
+        ("hous", "home_of"),
+    ]
 
     class _Named:
         def __init__(self, name: str) -> None:
@@ -326,6 +332,12 @@ def test_meteor_by_hand() -> None:
     assert meteor([["the", "cat", "sat"]], ["the", "cat", "sat"], porter(), None) == pytest.approx(1 - 0.5 / 27)
     assert meteor([reference], predicted, porter(), None) == 0.5
     assert meteor([["dogs"]], ["dog"], porter(), None) == 0.5 and meteor([["x"]], [], porter(), None) == 0.0
+    assert meteor([["the", "dog"]], CUT("the The dog"), porter(), None) == pytest.approx(
+        (1 - 0.5 / 8) * (2 / 3) / (0.9 * 2 / 3 + 0.1)
+    ), "capitals are the same form: the last one goes with the reference's, so there is one chunk"
+    assert meteor([CUT("fast x ran dog")], CUT("quick dog"), porter(), few) == pytest.approx(
+        (1 - 0.5 / 8) * 0.5 / (0.9 + 0.1 * 0.5)
+    ), "of two synonyms the last is taken, so there is one chunk"
 
 
 def test_meteor_of_texts_says_how_it_cuts_and_what_it_knows() -> None:

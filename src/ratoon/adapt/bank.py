@@ -100,8 +100,9 @@ def _for(choice: _Choice, rows: int) -> _Choice:
 class _Place(nn.Module):
     """A place of the model that some adapters have a part in."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, base: nn.Module | None = None) -> None:
         super().__init__()
+        self.base = base  # before the parts, which hold it too: by this name it is known
         self._model_id = id(model)
         self._names: dict[str, str] = {}  # an adapter's name may be what a module's may not
         self.parts = nn.ModuleDict()
@@ -134,9 +135,7 @@ class BankSite(_Place):
     is computed once for all rows. Others compute their rows by themselves.
     """
 
-    def __init__(self, model: nn.Module, base: nn.Module) -> None:
-        super().__init__(model)
-        self.base = base
+    base: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         found = self.groups(len(x))
@@ -252,10 +251,8 @@ class AdapterBank:
             self._fill()
         self._adapters[name] = (method, parts)
         for part in parts.values():
-            part.eval()
-            own = {id(parameter) for base in self._base.values() if base is not None for parameter in base.parameters()}
             for parameter in part.parameters():
-                if id(parameter) not in own:
+                if id(parameter) not in asked:
                     parameter.requires_grad_(False)
         self._fill()
         return method

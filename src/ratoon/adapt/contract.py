@@ -54,6 +54,12 @@ class Method(ABC):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
+    @property
+    def exact(self) -> bool:
+        """Whether the settings alone say where the parts are. A foreign adapter may have them where no settings of ours
+        put them; then its config says it, and goes on saying it when it is saved again."""
+        return True
+
     def read_text(self, encode: Callable[[str], Sequence[int]]) -> None:  # noqa: B027
         """Take the ids of a text that the settings name, where parts start from one; called before `install`."""
 

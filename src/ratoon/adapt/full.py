@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from typing import Literal
 
 from pydantic import Field
 
@@ -19,6 +20,7 @@ from ratoon.model.encoder_decoder import AnyModel
 class FullSettings(Settings):
     """Which of the model's own parameters are trained."""
 
+    kind: Literal["full"] = Field("full", description="all parameters, or some of the model's own")
     freeze: tuple[str, ...] = Field(
         (), description="parameters that stay as they are, by pattern: `embed.*`, `layers.*.mlp.*`, `encoder.*`"
     )
@@ -79,7 +81,7 @@ class Full(Method):
             if name in wanted and not name.startswith("task_head.")
         )
 
-    def merge(self, model: AnyModel) -> None:
+    def merge(self, model: AnyModel, *, allow_loss: bool = False) -> None:
         """Nothing to do: the base's own parameters were trained."""
 
     def remove(self, model: AnyModel) -> None:

@@ -95,7 +95,7 @@ def read_material(
 
     Raises `DataError` for rows that do not fit, when too much would be lost, and when nothing would be learned.
     """
-    from ratoon.data.records import encode_records
+    from ratoon.data.records import booked, encode_records
     from ratoon.tasks.registry import task_of
 
     settings = recipe.data
@@ -120,7 +120,7 @@ def read_material(
     ledger.refuse_if_lost(settings.most_lost_fraction)
     for name, one in parts.ledgers.items():
         if name != "test" and one.rows_read:
-            for sentence in one.sentences():
+            for sentence in booked(one):
                 talk(f"{name}: {sentence}")
     return Material(task, parts, train, validation)
 
@@ -184,6 +184,9 @@ class _Job(Job):
         if self.world.first:
             self._finish(lm, material, method, parents, settings, result)
         self.world.wait()
+
+    def page(self) -> None:
+        """The run's page: how it learned, and what was measured."""
 
     # -- model and method ------------------------------------------------------------------------------------------
 

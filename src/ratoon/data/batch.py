@@ -48,6 +48,11 @@ class Batch:
         return int(np.count_nonzero(self.weight_BT))
 
     @property
+    def read_tokens(self) -> int:
+        """Positions that are read: all but padding."""
+        return int(np.count_nonzero(self.document_BT >= 0))
+
+    @property
     def weight(self) -> float:
         """The summed weight, which the loss is divided by once a step."""
         return float(self.weight_BT.sum(dtype=np.float64))

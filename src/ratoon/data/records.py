@@ -106,7 +106,10 @@ def read_records(task: Task[Any], files: Sequence[str], settings: RecordSettings
     instead."""
     records: list[Any] = []
     listing = Ledger()
-    for row in read_rows(find_files([Path(file) for file in files], listing), settings.reading, ledger):
+    found = [
+        path for file in files for path in ([Path(file)] if Path(file).is_file() else find_files([Path(file)], listing))
+    ]
+    for row in read_rows(found, settings.reading, ledger):
         told = {key: str(row.fields.get(key)) for key in settings.where}
         if told != settings.where:
             ledger.drop_unread("not wanted (data.where)", row.place, asked=True)
@@ -151,10 +154,12 @@ def read_parts(task: Task[Any], settings: RecordSettings, *, seed: int) -> Parts
     if settings.limit_test_rows is not None:
         records["test"], left = _draw(records["test"], settings.limit_test_rows, seed, "test")
         _book(ledgers["test"], left, "beyond data.limit_test_rows")
+    if settings.duplicates == "drop":
+        records["train"] = _distinct(task, records["train"], ledger)
     records["train"] = _limited(task, records["train"], settings, seed, ledger)
     keyed = {name: [_keyed(task, one) for one in records[name]] for name in PARTS if records[name]}
     leaks = find_leaks(keyed, near=settings.near)
-    records["train"] = _without_copies(task, records["train"], leaks, settings, ledger)
+    records["train"] = _without_copies(records["train"], leaks, settings, ledger)
     sentences += leaks.sentences()
     return Parts(records["train"], records["validation"], records["test"], ledgers, leaks, sentences)
 
@@ -198,6 +203,20 @@ def _draw(records: list[Any], count: int, seed: int, name: str) -> tuple[list[An
     )
 
 
+def _distinct(task: Task[Any], records: list[Any], ledger: TaskLedger) -> list[Any]:
+    """The records without those equal to an earlier one in text and answer."""
+    kept: list[Any] = []
+    seen: set[tuple[str, str]] = set()
+    for record in records:
+        key = (task.text(record), str(task.expected(record)))
+        if key in seen:
+            ledger.drop_unread("equal to an earlier row", record.place, duplicate=True)
+        else:
+            kept.append(record)
+            seen.add(key)
+    return kept
+
+
 def _limited(task: Task[Any], records: list[Any], settings: RecordSettings, seed: int, ledger: TaskLedger) -> list[Any]:
     if settings.shots is not None:
         by_label: dict[str, list[Any]] = defaultdict(list)
@@ -222,9 +241,7 @@ def _limited(task: Task[Any], records: list[Any], settings: RecordSettings, seed
     return records
 
 
-def _without_copies(
-    task: Task[Any], records: list[Any], leaks: Leaks, settings: RecordSettings, ledger: TaskLedger
-) -> list[Any]:
+def _without_copies(records: list[Any], leaks: Leaks, settings: RecordSettings, ledger: TaskLedger) -> list[Any]:
     leaked = {drop.place: drop for drop in leaks.drop("train")} if settings.leaks != "report" else {}
     if settings.leaks == "refuse" and leaked:
         first = next(iter(leaked.values()))
@@ -233,17 +250,10 @@ def _without_copies(
             where=f"{first.place} is an {first.reason}: {first.copy_of}",
             fix="data.leaks: drop leaves such training rows out, report measures with and without them",
         )
-    kept: list[Any] = []
-    seen: set[tuple[str, str]] = set()
+    kept = [record for record in records if record.place not in leaked]
     for record in records:
-        key = (task.text(record), str(task.expected(record)))
-        if settings.duplicates == "drop" and key in seen:
-            ledger.drop_unread("equal to an earlier row", record.place, duplicate=True)
-        elif record.place in leaked:
+        if record.place in leaked:
             ledger.drop_unread(leaked[record.place].reason, record.place, asked=True)
-        else:
-            kept.append(record)
-            seen.add(key)
     if not kept:
         raise DataError("no training row is left: all are copies", where="data.train", fix="give other rows")
     return kept
@@ -296,3 +306,13 @@ def encode_records(
 def _learned(example: Example) -> int:
     own = sum(weight > 0 for weight in example.weight)
     return own if example.beside is None else own + _learned(example.beside)
+
+
+def booked(ledger: TaskLedger) -> list[str]:
+    """What became of the rows and tokens of a part, for people: one sentence, and one for each reason."""
+    rows = ", ".join(f"{count:,} {fate}" for fate, count in ledger.rows.items() if count)
+    tokens = ", ".join(f"{count:,} {fate}" for fate, count in ledger.tokens.items() if count)
+    said = [f"{ledger.rows_read:,} rows = {rows}; {ledger.tokens_read:,} tokens = {tokens}"]
+    for name, reason in ledger.reasons.items():
+        said.append(f"{reason.rows:,} rows, {name} (first: {reason.places[0]})")
+    return said

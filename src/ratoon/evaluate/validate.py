@@ -52,7 +52,7 @@ class Validation:
             loss, weight = self._loss(model, examples, context_tokens)
             found: dict[str, Any] = {"loss": loss, "n_tokens": int(weight), "n_records": len(records)}
             if self.task.head() is not None:
-                value = measure(self.task, predict(self.lm, self.task, records), language, resamples=0).values[0]
+                value = measure(self.task, predict(self.lm, self.task, records), language, resamples=1).values[0]
                 if value.value is not None:
                     found["measure"] = {"name": value.name, "value": value.value}
                     found["choose"] = -value.value if value.higher_is_better else value.value

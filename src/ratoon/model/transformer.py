@@ -277,9 +277,15 @@ class Attention(nn.Module):
         )
 
     def _project(self, x_BTD: Tensor) -> Tensor:
-        """Queries, keys and values side by side: one product where the three are plain layers."""
+        """Queries, keys and values side by side: one product where the three are plain layers, and as few as an
+        adapter's modules can where these stand in their place (`side_by_side` of `adapt/inject.py`)."""
         layers = (self.q, self.k, self.v)
         if not all(is_plain(layer) for layer in layers):
+            for layer in layers:
+                join = getattr(layer, "side_by_side", None)
+                joined: Tensor | None = None if join is None else join(layers, x_BTD)
+                if joined is not None:
+                    return joined
             return torch.cat([layer(x_BTD) for layer in layers], dim=-1)
         biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         bias = torch.cat(biases) if biases else None

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field
 
 from ratoon.base.errors import ConfigError, DataError
 from ratoon.tasks.contract import Encoded, Head, Named, Record, Task, TaskSettings, TooLong, pick, too_long
 from ratoon.tasks.example import Example
+from ratoon.tasks.parts import as_text, filled, names_in
 from ratoon.text.tokenizer import Tokenizer
 
 TEXT = Named("text", ("text", "sentence", "review", "content", "title", "question", "query", "标题"))
@@ -46,7 +47,7 @@ class _Labelled(Task[LabelledText], Generic[L]):
     """What tasks have in common that give labels to a text as a whole."""
 
     settings: ClassificationSettings
-    settings_type = ClassificationSettings
+    settings_type: ClassVar[type[TaskSettings]] = ClassificationSettings
     labels: tuple[str, ...] = ()
 
     def settle(self, training: Sequence[LabelledText]) -> list[str]:
@@ -121,10 +122,14 @@ class Classification(_Labelled[LabelledText]):
 
     def record(self, row: Mapping[str, Any], place: str) -> LabelledText:
         """Text and label of the row."""
-        text = fill(self.settings, row, place)
-        label = pick(row, LABEL, self.settings.fields, place)
-        label = str(int(label)) if isinstance(label, bool) else str(label).strip()
-        return LabelledText(str(row.get("id", place)), place, text, (self.settings.label_names.get(label, label),))
+        text = fill(self.settings.template, self.settings.fields, row, place)
+        label = self.label_of(pick(row, LABEL, self.settings.fields, place))
+        return LabelledText(str(row.get("id", place)), place, text, (label,))
+
+    def label_of(self, found: Any) -> str:
+        """The label's name for how it stands in a row: 1 and true are 1."""
+        label = str(int(found)) if isinstance(found, bool) else str(found).strip()
+        return self.settings.label_names.get(label, label)
 
     def expected(self, record: LabelledText) -> str:
         """The label."""
@@ -152,7 +157,7 @@ class MultiLabel(_Labelled[LabelledText]):
 
     def record(self, row: Mapping[str, Any], place: str) -> LabelledText:
         """Text and labels of the row: a list, or one field with separators."""
-        text = fill(self.settings, row, place)
+        text = fill(self.settings.template, self.settings.fields, row, place)
         found = pick(row, LABEL, self.settings.fields, place, needed=False)
         parts = found if isinstance(found, list | tuple) else str(found or "").split(self.settings.separator)
         names = dict.fromkeys(str(part).strip() for part in parts if str(part).strip())
@@ -176,17 +181,12 @@ class MultiLabel(_Labelled[LabelledText]):
         return tuple(label for label, score in zip(self.labels, scores, strict=True) if score > 0)
 
 
-def fill(settings: ClassificationSettings, row: Mapping[str, Any], place: str) -> str:
-    """The template with the row's fields: `{text}` is recognised, others by their names."""
-    import string
-
-    parts = []
-    for literal, name, _, _ in string.Formatter().parse(settings.template):
-        parts.append(literal)
-        if name:
-            named = TEXT if name == "text" else Named(name, (name,))
-            parts.append(str(pick(row, named, settings.fields, place)).strip())
-    return "".join(parts)
+def fill(template: str, fields: Mapping[str, str], row: Mapping[str, Any], place: str) -> str:
+    """The template with the row's fields: `{text}` is recognised, others by their names; lists are joined."""
+    values = {}
+    for name in names_in(template):
+        values[name] = as_text(pick(row, TEXT if name == "text" else Named(name, (name,)), fields, place))
+    return filled(template, values)
 
 
 def shorten(ids: list[int], room_tokens: int, policy: TooLong, place: str) -> tuple[list[int], int, str | None]:

@@ -104,7 +104,7 @@ class Task(ABC, Generic[R]):
     settings_type: ClassVar[type[TaskSettings]] = TaskSettings
 
     def __init__(self, settings: TaskSettings | None = None) -> None:
-        self.settings = settings if settings is not None else self.settings_type()
+        self.settings = settings if settings is not None else self.settings_type.model_validate({})
 
     @abstractmethod
     def record(self, row: Mapping[str, Any], place: str) -> R:

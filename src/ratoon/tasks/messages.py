@@ -1,4 +1,4 @@
-"""Rows of the usual layouts as conversations: alpaca, sharegpt, OpenAI's messages, prompts with completions, transcripts.
+"""Rows as conversations: alpaca, sharegpt, OpenAI's messages, prompts with completions, transcripts.
 
 Decides which layout a row has, whose turn is whose, and which orders of turns can be. What is learned of a conversation
 is `dialogue.py`'s, pairs of answers `preference.py`'s; how messages become tokens, `text/chat.py`'s.
@@ -136,9 +136,7 @@ def said(role: str, content: Any, place: str) -> Message:
     if not isinstance(content, str):
         raise DataError(f"what the {role} says is no text but {type(content).__name__}", where=place, expected="text")
     if role in ("user", "assistant") and not content.strip():
-        raise DataError(
-            f"a turn of the {role} is empty", where=place, fix="mend the row, or say data.on_bad_row: skip"
-        )
+        raise DataError(f"a turn of the {role} is empty", where=place, fix="mend the row, or say data.on_bad_row: skip")
     return {"role": role, "content": content}
 
 

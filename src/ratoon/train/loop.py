@@ -218,12 +218,12 @@ class _Session:
 
     def update(self, batch: Batch, learning_share: float) -> tuple[float, float, float]:
         """One update of the weights at that share of the peak learning rates; returns loss per unit of weight,
-        gradient norm, learned positions.
+        gradient norm, positions that were read.
 
         Loss and weight are summed over micro-batches and processes and divided once.
         """
         device = self.place.device
-        totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, weight, positions
+        totals = torch.zeros(4, dtype=torch.float64, device=device)  # loss, weight, positions learned and read
         parts = batch.split(math.ceil(len(batch.ids_BT) / self.micro_rows))
         for number, part in enumerate(parts):
             torch.manual_seed(derive(self.settings.seed, "step", self.step, self.world.rank, number))  # dropout
@@ -232,9 +232,11 @@ class _Session:
                 loss, weight = self.objective(self.model, inputs)
             (loss * self.scale if self.scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
             self.weights.collect()
-            totals += torch.stack([loss.detach(), weight, weight.new_tensor(part.valid_tokens)])
+            counts = weight.new_tensor([part.valid_tokens, part.read_tokens])
+            totals += torch.cat([torch.stack([loss.detach(), weight]), counts])
         self.world.add_up(totals)
-        loss_sum, weight_sum, positions = totals.tolist()
+        loss_sum, weight_sum, learned, positions = totals.tolist()
+        self.tokens += int(learned)
         if not math.isfinite(loss_sum):
             raise self._not_finite("loss", loss_sum, batch)
         if weight_sum <= 0:
@@ -359,7 +361,6 @@ class _Session:
             if self.step > first:  # the first step also compiles: the budget begins behind it
                 self.spent_seconds += now - before
             self.step += 1
-            self.tokens += int(positions)
             window_tokens += int(positions)
             if self.step % settings.log_every_steps == 0 or self.step == 1:
                 self.record(

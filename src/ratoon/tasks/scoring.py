@@ -1,0 +1,178 @@
+"""Scoring: a text is given a number, as essays and short answers are.
+
+Decides between which numbers (those told, or those of the training rows), how they are scaled to 0 … 1 for training and
+back, and to which step an answer is rounded. A number for two texts is `pairs.py`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from ratoon.base.errors import ConfigError, DataError
+from ratoon.tasks.classification import fill, shorten
+from ratoon.tasks.contract import Encoded, Head, Named, Record, Task, TaskSettings, TooLong, pick
+from ratoon.tasks.example import Example
+from ratoon.text.tokenizer import Tokenizer
+
+SCORE = Named("score", ("score", "number", "rating", "label", "domain1_score", "grade", "similarity", "stars"))
+
+
+class ScoringSettings(TaskSettings):
+    """Which numbers there are."""
+
+    template: str = Field("{text}", description="what is read: {text} is recognised, other fields by their names")
+    low: float | None = Field(None, description="the lowest number; absent: that of the training rows")
+    high: float | None = Field(None, description="the highest number; absent: that of the training rows")
+    step: float | None = Field(
+        None,
+        ge=0,
+        description="numbers are multiples of it above low; 0: any; absent: 1 where training has whole numbers",
+    )
+    group: str | None = Field(
+        None, description="the field that names a row's group, where each has lowest and highest numbers of its own"
+    )
+
+    @model_validator(mode="after")
+    def _order(self) -> ScoringSettings:
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise ValueError("low must be below high")
+        return self
+
+
+@dataclass(frozen=True)
+class Scored(Record):
+    """A text and its number."""
+
+    text: str
+    score: float
+    group: str = ""
+
+
+class Scoring(Task[Scored]):
+    """A text has a number."""
+
+    kind = "scoring"
+    objective = "numbers"
+    measure = "scores"
+    settings: ScoringSettings
+    settings_type = ScoringSettings
+    ranges: Mapping[str, tuple[float, float]] = {}
+    step: float = 0.0
+
+    def record(self, row: Mapping[str, Any], place: str) -> Scored:
+        """Text and number of the row. Raises `DataError` for what is no number."""
+        text = self.read(row, place)
+        found = pick(row, SCORE, self.settings.fields, place)
+        try:
+            score = float(found)
+        except (TypeError, ValueError):
+            score = math.nan
+        if not math.isfinite(score) or isinstance(found, bool):
+            raise DataError(f"'{found}' is no number", where=place, expected="a finite number")
+        group = ""
+        if self.settings.group is not None:
+            group = str(pick(row, Named("group", (self.settings.group,)), {}, place))
+        return Scored(str(row.get("id", place)), place, text, score, group)
+
+    def read(self, row: Mapping[str, Any], place: str) -> str:
+        """What is read of a row."""
+        return fill(self.settings.template, self.settings.fields, row, place)
+
+    def settle(self, training: Sequence[Scored]) -> list[str]:
+        """Take the lowest and highest number of each group, and whether all are whole."""
+        if not training:
+            raise ConfigError("there is no training row to take the numbers from", where="data.train")
+        by_group: dict[str, list[float]] = {}
+        for record in training:
+            by_group.setdefault(record.group, []).append(record.score)
+        low, high = self.settings.low, self.settings.high
+        self.ranges = {
+            group: (min(found) if low is None else low, max(found) if high is None else high)
+            for group, found in sorted(by_group.items())
+        }
+        whole = all(float(record.score).is_integer() for record in training)
+        self.step = self.settings.step if self.settings.step is not None else float(whole)
+        for group, (lowest, highest) in self.ranges.items():
+            if not lowest < highest:
+                raise ConfigError(
+                    f"the numbers of the training rows{f' of group {group}' if group else ''} are all {lowest:g}",
+                    where="data.train",
+                    expected="at least two different numbers",
+                    fix="say task.low and task.high, or look at the field that holds the number (task.fields)",
+                )
+        for record in training:
+            self.check(record)
+        of = [
+            f"{f'{group}: ' if group else ''}{lowest:g} to {highest:g}"
+            for group, (lowest, highest) in self.ranges.items()
+        ]
+        steps = f"in steps of {self.step:g}" if self.step else "of any size"
+        return [f"numbers {steps}, {', '.join(of)}"]
+
+    def check(self, record: Scored) -> None:
+        """Raise `DataError` for a number outside of low to high, or a group that training does not have."""
+        low, high = self._range(record)
+        if not low <= record.score <= high:
+            raise DataError(
+                f"the number {record.score:g} is outside of {low:g} to {high:g}",
+                where=record.place,
+                expected="a number between task.low and task.high (absent: those of the training rows)",
+                fix="say task.low and task.high, or mend the row",
+            )
+
+    def _range(self, record: Scored) -> tuple[float, float]:
+        if record.group not in self.ranges:
+            raise DataError(
+                f"no training row has the group '{record.group}'",
+                where=record.place,
+                expected=f"one of {', '.join(self.ranges)}",
+            )
+        return self.ranges[record.group]
+
+    def facts(self) -> dict[str, Any]:
+        """The settings, the lowest and highest numbers, and the step."""
+        ranges = {group: list(found) for group, found in self.ranges.items()}
+        return {**super().facts(), "ranges": ranges, "step": self.step}
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        """Take numbers and step back."""
+        self.ranges = {group: (float(low), float(high)) for group, (low, high) in facts["ranges"].items()}
+        self.step = float(facts["step"])
+
+    def text(self, record: Scored) -> str:
+        """The text."""
+        return record.text
+
+    def with_text(self, record: Scored, text: str) -> Scored:
+        """The same number for another text."""
+        return replace(record, text=text)
+
+    def expected(self, record: Scored) -> float:
+        """The number."""
+        return record.score
+
+    def head(self) -> Head:
+        """A number."""
+        return Head("sequence", ("score",), "number")
+
+    def encode(self, record: Scored, tokenizer: Tokenizer, *, room_tokens: int, too_long: TooLong) -> Encoded:
+        """The text's tokens; the number, scaled to 0 … 1, is asked at the last one."""
+        ids = tokenizer.encode_prompt(record.text)
+        kept, cut, reason = shorten(ids, room_tokens, too_long, record.place)
+        low, high = self._range(record)
+        vector = ((record.score - low) / (high - low),)
+        weight = [0.0] * (len(kept) - 1) + [1.0]
+        return Encoded([Example(kept, weight, record.id, [0] * len(kept), vector)], len(ids), cut, reason)
+
+    def read_scores(self, record: Scored, scores: Any) -> float:
+        """The number that a score of 0 … 1 stands for, within its range and rounded to the step."""
+        low, high = self._range(record)
+        found = low + min(1.0, max(0.0, float(scores[0]))) * (high - low)
+        if self.step:
+            found = min(high, low + math.floor((found - low) / self.step + 0.5) * self.step)
+        return found
