@@ -108,8 +108,8 @@ def kept_activations(
     """About how many bytes a forward pass over `tokens` keeps for the backward pass; on the high side.
 
     Per token and layer: the stream twice, the norms' outputs, q, k, v and what attention mixed, the MLP's insides,
-    and half a square of attention's probabilities where they are kept; a whole one where attention sees both ways, and
-    another for cross attention, whose memory is taken to be as long as the row.
+    and a square of attention's probabilities where they are kept; another for cross attention, whose memory is taken
+    to be as long as the row.
     """
     heads_width = (cfg.heads + 2 * cfg.kv) * cfg.channels
     mlp = (3 if cfg.gated else 2) * cfg.mlp_width
@@ -117,8 +117,7 @@ def kept_activations(
         mlp = 3 * cfg.moe.expert_width * cfg.moe.experts_per_token
     attentions = 2 if cfg.cross_attention else 1
     inside = 6 * cfg.width + (1 + 2 * attentions) * heads_width + 2 * mlp
-    squares = (1 if cfg.causal else 2) + (2 if cfg.cross_attention else 0)
-    square = cfg.heads * context_tokens * 3 * squares if keeps_scores else 0
+    square = cfg.heads * context_tokens * 3 * attentions if keeps_scores else 0
     layers = 1 if recompute else cfg.layers
     kept = tokens * (layers * (inside + square) + cfg.layers * cfg.width) * number_bytes
     return kept + tokens * cfg.width * 8
