@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import string
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -359,13 +362,50 @@ def test_meteor_of_texts_says_how_it_cuts_and_what_it_knows() -> None:
     assert f"wordnet={has}|" in translation([["a"]], ["a"], "en", resamples=10).value("meteor").signature
 
 
-def test_wordnets_synonyms_are_those_nltk_takes() -> None:
-    """Where WordNet is on the machine, METEOR with it is NLTK's own."""
-    synonyms = wordnet_synonyms()
-    if synonyms is None:
-        pytest.skip("NLTK finds no WordNet on this machine")
-    reference, predicted = CUT("the big dog ran home quickly"), CUT("the large hound rushed home fast")
-    assert meteor([reference], predicted, porter(), synonyms) == pytest.approx(meteor_score([reference], predicted))
+def small_wordnet(folder: Path, groups: list[list[str]]) -> None:
+    """A WordNet of a few noun synsets in the format of its database files (wndb(5WN)), where NLTK looks for it."""
+    folder.mkdir(parents=True)
+    for name in ("cntlist.rev", "index.sense", "index.adj", "index.adv", "index.verb", "data.adv", "data.verb"):
+        (folder / name).write_text("")
+    for part in ("adj", "adv", "noun", "verb"):
+        (folder / f"{part}.exc").write_text("")
+    header = "  1 WordNet 3.0 Copyright 2006 by nobody.\n"
+    (folder / "data.adj").write_text(header)
+    (folder / "lexnames").write_text("00\tnoun.Tops\t1\n")
+    data, places = header, {}
+    for group in groups:
+        words = " ".join(f"{word} 0" for word in group)
+        places |= {word: [*places.get(word, []), len(data)] for word in group}
+        data += f"{len(data):08d} 00 n {len(group):02x} {words} 000 | a group of words\n"
+    (folder / "data.noun").write_text(data)
+    lines = [
+        f"{word} n {len(at)} 0 {len(at)} 0 {' '.join(f'{place:08d}' for place in at)}" for word, at in places.items()
+    ]
+    (folder / "index.noun").write_text("\n".join(lines) + "\n")
+
+
+WITH_WORDNET = """
+from nltk.translate.meteor_score import meteor_score
+from ratoon.evaluate.metrics.meteor import wordnet_synonyms
+from ratoon.evaluate.metrics.overlap import translation
+synonyms = wordnet_synonyms()
+assert synonyms("dog") == {"dog", "hound", "cad"}, synonyms("dog")
+reference, predicted = "the dog ran to a house", "the hound ran to a home"
+found = translation([[reference]], [predicted], "en", resamples=5).value("meteor")
+theirs = meteor_score([reference.split()], predicted.split())
+without = translation([[reference]], [predicted], "zh", resamples=5).value("meteor")
+assert abs(found.value - theirs) < 1e-12 and found.value > without.value > 0, (found, theirs, without)
+assert "wordnet=yes" in found.signature and "wordnet=no" in without.signature
+"""
+
+
+def test_wordnets_synonyms_are_those_nltk_takes(tmp_path: Path) -> None:
+    """NLTK's own reader on a small WordNet: METEOR finds it, says so, and is NLTK's."""
+    groups = [["dog", "hound"], ["dog", "cad", "blind_dog"], ["hous", "home"]]
+    small_wordnet(tmp_path / "corpora" / "wordnet", groups)
+    environment = dict(os.environ, NLTK_DATA=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", WITH_WORDNET], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 # ROUGE
