@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from contextvars import copy_context
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +13,11 @@ from torch import Tensor
 
 import little
 from ratoon.adapt.bank import AdapterBank, these_rows
-from ratoon.adapt.bottleneck import Houlsby, HoulsbySettings, Pfeiffer, PfeifferSettings
 from ratoon.adapt.contract import Method, trained
+from ratoon.adapt.folder import save_adapter
 from ratoon.adapt.full import Full, FullSettings
-from ratoon.adapt.prefix import PrefixSettings, PrefixTuning
-from ratoon.adapt.prompt import Prompt, PromptSettings
-from ratoon.base.errors import ConfigError
-from ratoon.base.settings import build
+from ratoon.adapt.methods import method_of
+from ratoon.base.errors import ArtifactError, ConfigError
 from ratoon.generate.decode import generate
 from ratoon.generate.sample import Sampling
 from ratoon.model.config import HeadConfig
@@ -27,17 +25,21 @@ from ratoon.model.init import add_head
 from ratoon.model.transformer import Transformer
 
 Adapter = tuple[Method, dict[str, Tensor]]
-METHODS: dict[str, Callable[[], Method]] = {
-    "houlsby": lambda: Houlsby(build(HoulsbySettings, {"reduction": 4})),
-    "pfeiffer": lambda: Pfeiffer(build(PfeifferSettings, {"reduction": 8, "layers": [1]})),
-    "prompt": lambda: Prompt(build(PromptSettings, {"tokens": 3})),
-    "prefix": lambda: PrefixTuning(build(PrefixSettings, {"tokens": 5})),
+METHODS: dict[str, dict[str, Any]] = {
+    "houlsby": {"reduction": 4},
+    "pfeiffer": {"reduction": 8, "layers": [1]},
+    "prompt": {"tokens": 3},
+    "prefix": {"tokens": 5},
+    "lora": {"rank": 3, "targets": ["q", "v", "down"], "rank_stabilized": True, "dropout": 0.5},
+    "dora": {"kind": "lora", "rank": 2, "decomposed": True},
+    "adalora": {},
+    "ia3": {},
 }
 
 
 def adapter(kind: str, seed: int) -> Adapter:
     """A method of that kind and random values of its parts, as a folder holds them."""
-    model, method = little.model(), METHODS[kind]()
+    model, method = little.model(), method_of({"kind": kind, **METHODS[kind]})
     method.install(model, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -238,7 +240,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'a\.pfeiffer'"), bank.rows(["a.pfeifer"]):
         pass
     with pytest.raises(ConfigError, match="already"):
-        bank.add("a.pfeiffer", METHODS["pfeiffer"]())
+        bank.add("a.pfeiffer", method_of({"kind": "pfeiffer"}))
     with pytest.raises(ConfigError, match="1 rows, and adapters were chosen for 2"), bank.rows(["a.pfeiffer", None]):
         logits(model, torch.tensor([ids_of(9, 0)]))
     with pytest.raises(ConfigError, match="the call has 1 rows"), bank.rows(["a.pfeiffer", None]):
@@ -250,16 +252,47 @@ def test_what_does_not_fit_is_refused() -> None:
     assert bank.names == ("a.pfeiffer", "b.pfeiffer")
 
 
-def test_an_adapter_with_a_head_of_its_own_is_refused() -> None:
-    class WithHead(Pfeiffer):
-        def install(self, model: Transformer, *, seed: int) -> None:
-            super().install(model, seed=seed)
-            add_head(model, HeadConfig(kind="token", labels=("x", "y")), seed)
+def test_adapters_from_folders(tmp_path: Path) -> None:
+    """Saved by one process, added by another; made for another base: refused, and the bank stays as it was."""
+    bank = AdapterBank(little.model().eval())
+    found: dict[str | None, Adapter | None] = {None: None}
+    for kind in ("lora", "prefix", "houlsby"):
+        found[kind] = one = adapter(kind, 1)
+        save_adapter(alone(one), type(one[0])(one[0].settings), tmp_path / kind)
+        bank.add(kind, tmp_path / kind)
+    check_rows(bank, found, ["prefix", None, "houlsby", "lora"])
+    ids_BT = torch.tensor([ids_of(9, 0)])
+    with pytest.raises(ArtifactError, match="another base"):
+        AdapterBank(little.model(seed=2)).add("lora", tmp_path / "lora")
+    with bank.rows(["lora"]):
+        before = logits(bank.model, ids_BT)
+    with pytest.raises(ArtifactError, match="no such folder"):
+        bank.add("other", tmp_path / "other")
+    with bank.rows(["lora"]):
+        assert torch.equal(before, logits(bank.model, ids_BT))
+    assert bank.names == ("lora", "prefix", "houlsby")
 
-    model = little.model().eval()
-    bank, ids_BT = AdapterBank(model), torch.tensor([ids_of(9, 0)])
-    plain = logits(model, ids_BT)
-    with pytest.raises(ConfigError, match="a task head of its own"):
-        bank.add("tags", WithHead(build(PfeifferSettings, {})))
-    assert model.task_head is None and model.cfg.task_head is None
-    assert torch.equal(plain, logits(model, ids_BT))
+
+@pytest.mark.parametrize("own", ["a head", "a head where the base has one", "attention both ways"])
+def test_what_the_rows_of_a_batch_share_is_the_base_s(own: str, tmp_path: Path) -> None:
+    """Adapters that bring a head of their own, or read otherwise, are refused, and the base is as it was."""
+    head = HeadConfig(kind="token", labels=("x", "y"))
+    trained_model, model = little.model(), little.model().eval()
+    if own == "a head where the base has one":
+        add_head(trained_model, head, 1)
+        add_head(model, head, 2)
+    elif own == "a head":
+        add_head(trained_model, head, 1)
+    else:
+        trained_model.set_causal(False)
+    method = method_of({"kind": "pfeiffer"})
+    method.install(trained_model, seed=0)
+    save_adapter(trained_model, method, tmp_path / "adapter")
+    bank, ids_BT, causal = AdapterBank(model), torch.tensor([ids_of(9, 0)]), model.cfg.causal
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    cfg, hidden = model.cfg, model(ids_BT)
+    with pytest.raises(ConfigError, match="task head of its own" if "head" in own else "in both directions"):
+        bank.add("tags", tmp_path / "adapter")
+    assert little.same(before, dict(model.named_parameters()))
+    assert model.cfg == cfg and model.cfg.causal == causal and not bank.names
+    assert torch.equal(hidden, model(ids_BT))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ratoon.adapt.contract import Method
 from ratoon.adapt.slots import with_virtual
 from ratoon.base.errors import ConfigError
+from ratoon.model.config import ModelConfig
 from ratoon.model.transformer import Block, Transformer
 
 VIRTUAL = "virtual"
@@ -234,25 +235,20 @@ class AdapterBank:
         """
         if name in self._adapters:
             raise ConfigError(f"there is an adapter '{name}' already", where="AdapterBank.add", fix="remove it first")
-        asked = {id(parameter): parameter.requires_grad for parameter in self.model.parameters()}
-        kept = (self.model.cfg, self.model.head, self.model.task_head, self.model.training)
+        base = _Base.of(self.model)
         self._clear()
         try:
             method = self._put_in(source, weights)
             parts = _parts_of(self.model, self._base)
-            self._check(name, method, parts, kept[2])
+            self._check(name, method, parts, base)
         finally:
-            for place, module in self._base.items():
-                _put(self.model, place, module)
-            self.model.cfg, self.model.head, self.model.task_head, training = kept
-            self.model.train(training)
-            for parameter in self.model.parameters():
-                parameter.requires_grad_(asked[id(parameter)])
+            self._clear()
+            base.restore(self.model)
             self._fill()
         self._adapters[name] = (method, parts)
         for part in parts.values():
             for parameter in part.parameters():
-                if id(parameter) not in asked:
+                if id(parameter) not in base.asked:
                     parameter.requires_grad_(False)
         self._fill()
         return method
@@ -315,7 +311,7 @@ class AdapterBank:
             source.load_peft(self.model, weights)
         return source
 
-    def _check(self, name: str, method: Method, parts: Mapping[str, Any], head: nn.Module | None) -> None:
+    def _check(self, name: str, method: Method, parts: Mapping[str, Any], base: _Base) -> None:
         if not parts:
             raise ConfigError(
                 f"the adapter '{name}' ({method.kind}) has no parts of its own beside the base",
@@ -323,7 +319,15 @@ class AdapterBank:
                 expected="a method of few parameters",
                 fix="a model trained with all its parameters is loaded as a model",
             )
-        if self.model.task_head is not head:
+        if self.model.cfg.causal != base.cfg.causal:
+            raise ConfigError(
+                f"the adapter '{name}' was trained with attention in "
+                f"{'one direction' if self.model.cfg.causal else 'both directions'}, and the base reads otherwise",
+                where="AdapterBank.add",
+                expected="adapters that read as the base does",
+                fix="load it with its base alone, or let the base read so (set_causal) before the bank is made",
+            )
+        if self.model.task_head is not base.task_head or not _same(base.scores, _scores(self.model)):
             raise ConfigError(
                 f"the adapter '{name}' has a task head of its own, and the rows of a batch share one",
                 where="AdapterBank.add",
@@ -356,6 +360,43 @@ class AdapterBank:
         return BankVirtual(self.model) if place == VIRTUAL else BankPrefix(self.model)
 
 
+@dataclass(frozen=True)
+class _Base:
+    """What putting an adapter in may change of a model, beside the places of its parts."""
+
+    cfg: ModelConfig
+    head: nn.Module | None
+    task_head: nn.Module | None
+    scores: list[Tensor]
+    training: bool
+    asked: dict[int, bool]
+
+    @classmethod
+    def of(cls, model: Transformer) -> _Base:
+        asked = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+        scores = [value.clone() for value in _scores(model)]
+        return cls(model.cfg, model.head, model.task_head, scores, model.training, asked)
+
+    @torch.no_grad()
+    def restore(self, model: Transformer) -> None:
+        model.set_causal(self.cfg.causal)
+        model.cfg, model.head, model.task_head = self.cfg, self.head, self.task_head  # type: ignore[assignment]
+        for parameter, value in zip(_scores(model), self.scores, strict=True):
+            parameter.copy_(value)
+        model.train(self.training)
+        for parameter in model.parameters():
+            parameter.requires_grad_(self.asked[id(parameter)])
+
+
+def _scores(model: Transformer) -> list[Tensor]:
+    """The parameters of a task head."""
+    return [] if model.task_head is None else [parameter.detach() for parameter in model.task_head.parameters()]
+
+
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def _places(model: Transformer) -> dict[str, nn.Module | None]:
     """What stands in each place that a method may change."""
     found: dict[str, nn.Module | None] = {site.name: model.get_submodule(site.name) for site in model.sites()}
@@ -377,4 +418,4 @@ def _parts_of(model: Transformer, base: Mapping[str, nn.Module | None]) -> dict[
 
 def _put(model: Transformer, place: str, module: nn.Module | None) -> None:
     parent, _, leaf = place.rpartition(".")
-    setattr(model.get_submodule(parent) if parent else model, leaf, module)
+    setattr(model.get_submodule(parent), leaf, module)

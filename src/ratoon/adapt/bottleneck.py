@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ratoon.adapt.contract import Method, freeze
+from ratoon.adapt.inject import Adapted, adapted, place, plain_layer, take_out
 from ratoon.base.errors import ArtifactError, ConfigError
 from ratoon.base.seeds import derive
 from ratoon.base.settings import Settings, build
@@ -54,13 +55,12 @@ class PfeifferSettings(BottleneckSettings):
     activation: Activation = Field("relu", description="between the two products")
 
 
-class WithBottleneck(nn.Module):
+class WithBottleneck(Adapted):
     """h + U act(W h + b) + c for the output h (…, D) of the layer `base`; W (R, D), U (D, R)."""
 
     def __init__(self, base: Linear, rank: int, activation: Activation, generator: torch.Generator) -> None:
-        super().__init__()
+        super().__init__(base)
         D, weight = base.out_features, base.weight
-        self.base = base
         self.activation = ACTIVATIONS[activation]
         first_RD = torch.empty(rank, D)
         nn.init.trunc_normal_(first_RD, std=FIRST_STD, a=-2 * FIRST_STD, b=2 * FIRST_STD, generator=generator)
@@ -87,14 +87,12 @@ class Bottleneck(Method):
     def install(self, model: Transformer, *, seed: int) -> None:
         """Freeze the model and put the bottlenecks in. Raises `ConfigError` for blocks that the model lacks, and for a
         mixture of experts, which has no one last layer."""
-        sites = self._sites(model)
+        layers = {site: plain_layer(model, site.name) for site in self._sites(model)}
         freeze(model)
-        for site in sites:
+        for site, base in layers.items():
             generator = torch.Generator().manual_seed(derive(seed, "method", self.kind, site.name))
-            base = model.get_submodule(site.name)
-            assert isinstance(base, Linear)
-            rank = self._rank(site)
-            put(model, site.name, WithBottleneck(base, rank, self.settings.activation, generator))
+            part = WithBottleneck(base, self._rank(site), self.settings.activation, generator)
+            place(model, site.name, part.train(model.training))
 
     def _sites(self, model: Transformer) -> list[Site]:
         layers = self.settings.layers if self.settings.layers is not None else tuple(range(model.cfg.layers))
@@ -124,8 +122,7 @@ class Bottleneck(Method):
 
     def remove(self, model: Transformer) -> None:
         """Take the bottlenecks out."""
-        for name, module in _parts(model).items():
-            put(model, name, module.base)
+        take_out(model, WithBottleneck)
 
     def peft_config(self, model: Transformer) -> dict[str, Any]:
         """What adapter_config.json says. PEFT has no such method: `peft_type` is one that it refuses by name."""
@@ -133,9 +130,8 @@ class Bottleneck(Method):
 
     def peft_weights(self, model: Transformer) -> dict[str, Tensor]:
         """The parts of each bottleneck by the name of the layer it stands behind: `layers.0.mlp.down.up`, …"""
-        return {
-            f"{name}.{part}": getattr(module, part).detach() for name, module in _parts(model).items() for part in PARTS
-        }
+        found = adapted(model, WithBottleneck)
+        return {f"{name}.{part}": getattr(module, part).detach() for name, module in found.items() for part in PARTS}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Bottleneck:
@@ -151,7 +147,8 @@ class Bottleneck(Method):
     @torch.no_grad()
     def load_peft(self, model: Transformer, weights: Mapping[str, Tensor]) -> None:
         """Give the installed bottlenecks their values. Raises `ArtifactError` for tensors that do not fit."""
-        wanted = {f"{name}.{part}": getattr(module, part) for name, module in _parts(model).items() for part in PARTS}
+        found = adapted(model, WithBottleneck)
+        wanted = {f"{name}.{part}": getattr(module, part) for name, module in found.items() for part in PARTS}
         odd = sorted(wanted.keys() ^ weights.keys())
         if odd:
             lacks = "has no" if odd[0] in wanted else "has a"
@@ -176,13 +173,3 @@ class Pfeiffer(Bottleneck):
 
     kind = "pfeiffer"
     behind = ("down",)
-
-
-def put(model: Transformer, name: str, module: nn.Module) -> None:
-    """Set `module` in the place `name` of the model."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def _parts(model: Transformer) -> dict[str, WithBottleneck]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, WithBottleneck)}
