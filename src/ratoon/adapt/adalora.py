@@ -134,7 +134,7 @@ class AdaLora(Method):
             parts = torch.split(P_OR, [site.outputs for site in unit.sites])
             for site, P in zip(unit.sites, parts, strict=True):
                 own = P.clone().to(weight.device, weight.dtype)
-                scale = self.settings.alpha / R
+                scale = self.settings.alpha / (R + 1e-5)  # as the authors' code divides, and PEFT
                 module = AdaLoraLinear(layers[site.name], own, E, Q, scale, self.settings.dropout)
                 place(model, site.name, module.train(model.training))
 
@@ -319,8 +319,7 @@ class AdaLora(Method):
 
     @torch.no_grad()
     def peft_weights(self, model: Transformer) -> dict[str, Tensor]:
-        """`lora_A` (Q), `lora_E` (Λ) and `lora_B` (P) of each module, pruned triplets included. PEFT scales by alpha /
-        (init_r + 0.00001), a millionth less than we."""
+        """`lora_A` (Q), `lora_E` (Λ) and `lora_B` (P) of each module, pruned triplets included."""
         found: dict[str, Tensor] = {}
         parts = adapted(model, AdaLoraLinear)
         for name, unit in named_units(model, self._units(model), self.kind):

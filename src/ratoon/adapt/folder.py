@@ -208,14 +208,18 @@ def load_adapter(
     method = METHODS[_kind(peft_type, config, folder)].from_peft(config)
     head, own = _split_head(weights, config, peft_type)
     wanted = _head_config(head, config, facts, model, folder)
-    method.install(model, seed=0)
+    before = (model.cfg, model.head, model.task_head)
+    if wanted is not None and (model.cfg.task_head != wanted or model.task_head is None):
+        add_head(model, wanted, seed=0)  # first: a family may name its layers otherwise under some heads
     try:
+        method.install(model, seed=0)
         with torch.no_grad():
             method.load_peft(model, own)
-        if wanted is not None:
-            _load_head(model, wanted, head, peft_type, folder)
+            if wanted is not None:
+                _load_head(model, wanted, head, peft_type, folder)
     except BaseException:
         method.remove(model)
+        model.cfg, model.head, model.task_head = before
         raise
     if "causal" in facts and facts["causal"] != model.cfg.causal:
         model.set_causal(bool(facts["causal"]))
@@ -308,14 +312,15 @@ def _head_config(
     """The task head that the folder holds, with its labels where they are told."""
     if facts.get("task_head") is not None:
         return build(HeadConfig, dict(facts["task_head"]), where=folder / MANIFEST)
-    if not head:
-        return None
     kind = next((ours for ours, theirs in _TASKS.items() if theirs == config.get("task_type")), None)
-    if kind is None:
+    if kind is None and not head:
+        return None
+    if kind is None or not head:
         raise ArtifactError(
-            f"the adapter holds {', '.join(sorted(head))}, and its task_type is {config.get('task_type')!r}",
-            where=folder / CONFIG,
-            expected=", ".join(_TASKS.values()) + " where a head goes along",
+            f"the adapter's task_type is {config.get('task_type')!r}, and it holds "
+            + (f"the head {', '.join(sorted(head))}" if head else "no head"),
+            where=folder,
+            expected=f"a head (modules_to_save) with one of {', '.join(_TASKS.values())}",
         )
     here = model.cfg.task_head
     if here is not None and here.kind == kind:
@@ -328,29 +333,22 @@ def _head_config(
 def _load_head(
     model: Transformer, wanted: HeadConfig, head: Mapping[str, Tensor], peft_type: str, folder: Path
 ) -> None:
-    """Put the head onto the model, after checking that every tensor of it is there and fits."""
-    kept = (model.cfg, model.head, model.task_head)
-    if model.cfg.task_head != wanted or model.task_head is None:
-        add_head(model, wanted, seed=0)
+    """Give the model's head its values. Raises `ArtifactError` for one too few, too many, or of another shape."""
     names = _head_names(model, peft_type)
-    try:
-        odd = sorted(set(names.values()) ^ head.keys())
-        if odd:
+    odd = sorted(set(names.values()) ^ head.keys())
+    if odd:
+        raise ArtifactError(
+            f"the adapter {'lacks' if odd[0] in names.values() else 'has'} the tensor {odd[0]}",
+            where=folder / WEIGHTS,
+            expected=f"a head of the kind '{wanted.kind}': {', '.join(names.values())}",
+        )
+    for ours, theirs in names.items():
+        parameter = model.get_parameter(ours)
+        if head[theirs].shape != parameter.shape:
             raise ArtifactError(
-                f"the adapter {'lacks' if odd[0] in names.values() else 'has'} the tensor {odd[0]}",
+                f"{theirs} has the shape {tuple(head[theirs].shape)}",
                 where=folder / WEIGHTS,
-                expected=f"a head of the kind '{wanted.kind}': {', '.join(names.values())}",
+                expected=f"{tuple(parameter.shape)}: labels by width",
             )
-        with torch.no_grad():
-            for ours, theirs in names.items():
-                parameter = model.get_parameter(ours)
-                if head[theirs].shape != parameter.shape:
-                    raise ArtifactError(
-                        f"{theirs} has the shape {tuple(head[theirs].shape)}",
-                        where=folder / WEIGHTS,
-                        expected=f"{tuple(parameter.shape)}: labels by width",
-                    )
-                parameter.copy_(head[theirs])
-    except BaseException:
-        model.cfg, model.head, model.task_head = kept
-        raise
+    for ours, theirs in names.items():
+        model.get_parameter(ours).copy_(head[theirs])
