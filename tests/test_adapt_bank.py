@@ -19,6 +19,7 @@ from ratoon.adapt.full import Full, FullSettings
 from ratoon.adapt.methods import method_of
 from ratoon.base.errors import ArtifactError, ConfigError
 from ratoon.generate.decode import generate
+from ratoon.generate.lm import LanguageModel
 from ratoon.generate.sample import Sampling
 from ratoon.model.config import HeadConfig
 from ratoon.model.init import add_head
@@ -154,6 +155,9 @@ def test_room_for_virtual_tokens_is_kept() -> None:
     assert answer.dropped_prompt_tokens == 70 - (64 - 3 - 4 + 1)
     kept = ids[answer.dropped_prompt_tokens :]
     assert answer.ids == generate(alone(found["a.prompt"]), [[0] * 3 + kept], sampling)[0].ids
+    lm = LanguageModel(alone(found["a.prompt"]), virtual_tokens=3)
+    [same] = lm.generate([ids], sampling, shorten="left")
+    assert (same.ids, same.dropped_prompt_tokens) == (answer.ids, answer.dropped_prompt_tokens)
 
 
 def test_without_a_choice_and_afterwards_the_model_is_the_base() -> None:
@@ -180,6 +184,18 @@ def test_without_a_choice_and_afterwards_the_model_is_the_base() -> None:
     assert little.same(before, outcome.weights)
     assert [p.requires_grad for p in model.parameters()] == asked
     assert torch.equal(plain, logits(model, ids_BT))
+
+
+def test_parts_are_read_without_dropout() -> None:
+    model, ids_BT = little.model(), torch.tensor([ids_of(9, 0)])
+    bank = AdapterBank(model)
+    found = filled(bank, ["lora"])  # with a dropout of one half
+    for _ in range(2):
+        with bank.rows(["a.lora"]):
+            torch.testing.assert_close(
+                logits(model, ids_BT), logits(alone(found["a.lora"]), ids_BT), atol=1e-5, rtol=1e-5
+            )
+        model.train()
 
 
 def test_threads_do_not_disturb_each_other() -> None:

@@ -112,6 +112,12 @@ class _Place(nn.Module):
         self._names[name] = str(len(self.parts))
         self.parts[self._names[name]] = part
 
+    def train(self, mode: bool = True) -> _Place:
+        """The parts are there to be read: what only training has (dropout) stays off in them."""
+        super().train(mode)
+        self.parts.eval()
+        return self
+
     @property
     def tokens(self) -> int:
         """The most virtual tokens that an adapter has here."""
@@ -350,8 +356,6 @@ class AdapterBank:
                 places[place].give(name, part)
         for place, module in places.items():
             _put(self.model, place, module.train(self.model.training))
-            for part in module.parts.values():
-                part.eval()
 
     def _place(self, place: str) -> _Place:
         base = self._base[place]

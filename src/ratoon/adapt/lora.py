@@ -101,17 +101,22 @@ class LowRank(Adapted):
 
 def joined_change(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """x Dᵀ Uᵀ of some layers side by side, in two products; 0 for those without parts."""
+    # No dictionary by identity here: the compiler would compile each block anew.
     mine = [layer for layer in layers if isinstance(layer, LowRank)]
-    factors = {id(layer): [one.to(x.dtype) for one in layer.factors()] for layer in mine}
-    wide = x.new_zeros
-    if len({id(layer.shared()) for layer in mine}) == 1:  # one A for all: what fused layers have
-        down = factors[id(mine[0])][0]
-        ups = [factors[id(one)][1] if id(one) in factors else wide(_outputs(one), len(down)) for one in layers]
-        return (x @ down.t()) @ torch.cat(ups).t()
-    down = torch.cat([factors[id(layer)][0] for layer in mine])
-    ups = [factors[id(one)][1] if id(one) in factors else wide(_outputs(one), 0) for one in layers]
+    downs, ups = [], []
+    for layer in layers:
+        if isinstance(layer, LowRank):
+            down_RI, up_OR = (one.to(x.dtype) for one in layer.factors())
+            downs.append(down_RI)
+            ups.append(up_OR)
+        else:
+            ups.append(x.new_zeros(_outputs(layer), 0))
+    if len(mine) > 1 and all(layer.shared() is mine[0].shared() for layer in mine[1:]):  # fused layers have one A
+        rank = len(downs[0])
+        ups = [up_OR if up_OR.shape[1] else x.new_zeros(len(up_OR), rank) for up_OR in ups]
+        return (x @ downs[0].t()) @ torch.cat(ups).t()
     up: Tensor = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
-    return (x @ down.t()) @ up.t()
+    return (x @ torch.cat(downs).t()) @ up.t()
 
 
 def _outputs(layer: nn.Module) -> int:

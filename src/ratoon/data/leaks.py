@@ -364,7 +364,8 @@ class _Sets:
 def _distinct(numbers: Ints) -> Ints:
     """The different numbers, sorted. (Sorting is several times faster here than numpy's table of hashes.)"""
     numbers = np.sort(numbers)
-    return numbers[np.diff(numbers, prepend=-1) != 0]
+    first: NDArray[np.bool_] = np.diff(numbers, prepend=-1) != 0
+    return numbers[first]
 
 
 def _best(a: Ints, b: Ints, alike: Floats) -> tuple[Ints, Ints, Floats]:

@@ -222,6 +222,7 @@ def generate(
     on_text: Callable[[int, str], None] | None = None,
     batch_rows: int = BATCH_ROWS,
     kernel: Kernel = "auto",
+    virtual_tokens: int = 0,
 ) -> list[Generated]:
     """Go on from each prompt (token ids); one answer for each, whatever its neighbours are.
 
@@ -229,6 +230,8 @@ def generate(
     model's own if absent. `sources`: an encoder-decoder's source ids, one for each prompt. `on_text(prompt
     number, new text)` is called as text comes: whole characters, never a part of a stop text. `kernel`: single
     tokens are read by the C step where it can be had ("auto"), always ("native", or an error), or never ("torch").
+    `virtual_tokens`: slots that the loop puts in front of each prompt for the method that is installed; those of
+    adapters chosen by row (`adapt/bank.py`) are known.
     Raises `ConfigError` for settings that cannot be met here, `DataError` for a prompt that does not fit (see `fit`).
     """
     sampling = sampling or Sampling()
@@ -244,7 +247,8 @@ def generate(
         raise ConfigError("sources belong to an encoder-decoder, and it cannot do without them")
     if isinstance(model, EncoderDecoder) and sources is not None:
         _check_sources(sources, len(prompts), model.encoder.cfg.context_tokens)
-    rows = fit(prompts, sampling, cfg.context_tokens, shorten, leading_slots(transformer, len(prompts)))
+    leading = [virtual_tokens + slots for slots in leading_slots(transformer, len(prompts))]
+    rows = fit(prompts, sampling, cfg.context_tokens, shorten, leading)
     ends = Ends(tuple(cfg.eos_ids if eos_ids is None else eos_ids), sampling, decoder)
     if sampling.temperature > 0:
         for row, chance in zip(rows, row_streams([row.prompt for row in rows], sampling.seed), strict=True):

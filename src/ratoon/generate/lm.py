@@ -183,8 +183,6 @@ class LanguageModel:
         on_text: Callable[[int, str], None] | None,
         logprobs: bool = False,
     ) -> list[Generated]:
-        if self.virtual_tokens:
-            ids = [[0] * self.virtual_tokens + list(one) for one in ids]
         return generate(
             self.model,
             ids,
@@ -194,6 +192,7 @@ class LanguageModel:
             shorten=shorten,
             logprobs=logprobs,
             on_text=on_text,
+            virtual_tokens=self.virtual_tokens,
         )
 
     def _decoder(self, prompt: Sequence[int]) -> Decoder:
@@ -257,9 +256,9 @@ def locate(name: str | os.PathLike[str]) -> Path:
         raise ArtifactError("the file is no GGUF file", where=path, expected="a model folder, or a file named *.gguf")
     if path.is_dir():
         for folder in (path, path / "model"):
-            if (folder / "config.json").is_file():
+            if _holds_model(folder):
                 return folder
-        tried.append(f"the folder {path} holds neither config.json nor model/config.json")
+        tried.append(f"the folder {path} holds neither config.json nor adapter_config.json, nor does {path / 'model'}")
     else:
         tried.append(f"no folder or file {path}")
     for look in (_run_model, _catalogue_model):
@@ -274,6 +273,11 @@ def locate(name: str | os.PathLike[str]) -> Path:
         expected="a run's name, a model folder, a GGUF file, or a name of the catalogue",
         fix="`ratoon runs` lists the runs, `ratoon pull --list` what can be fetched",
     )
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a folder holds a model, or an adapter, which names its base."""
+    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
 
 
 def _nearest(name: str) -> str | None:
@@ -294,7 +298,7 @@ def _run_model(name: str) -> tuple[Path | None, str]:
         run = Run.find(name)
     except RatoonError as error:
         return None, f"no run of that name (there are: {(error.expected or '').removeprefix('one of: ')})"
-    if (run.model / "config.json").is_file():
+    if _holds_model(run.model):
         return run.model, ""
     return None, f"the run '{run.name}' has not written its model yet"
 
@@ -313,8 +317,29 @@ def _catalogue_model(name: str) -> tuple[Path | None, str]:
     return None, f"the catalogue knows it, but it is not on this machine: `ratoon pull {name}` fetches it"
 
 
+def _load_adapted(folder: Path, dtype: torch.dtype) -> LanguageModel:
+    """An adapter with its base. Raises `ArtifactError` where the base is not here, or is another one."""
+    from ratoon.adapt.folder import adapter_base, base_hash, load_adapter
+    from ratoon.store.artifact import MANIFEST, read_manifest
+
+    named = adapter_base(folder)
+    if named is None:
+        raise ArtifactError("the adapter does not name its base", where=folder, expected="base_model_name_or_path")
+    path = locate(named)
+    lm = _load_gguf(path, dtype) if path.is_file() else _load_folder(path, dtype)
+    method = load_adapter(lm.model, folder, base_hash=base_hash(path))
+    lm.model.eval()
+    lm.virtual_tokens = method.virtual_tokens
+    if (folder / MANIFEST).is_file():
+        told = read_manifest(folder).facts
+        lm.facts |= {key: told[key] for key in KEPT_FACTS & told.keys()}
+    return lm
+
+
 def _load_folder(folder: Path, dtype: torch.dtype) -> LanguageModel:
     from ratoon.generate.translate import Translator
+    if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        return _load_adapted(folder, dtype)
     from ratoon.model.folder import is_encoder_decoder, read_encoder_decoder, read_model
     from ratoon.store.artifact import MANIFEST, read_manifest
     from ratoon.text.tokenizer import Tokenizer
