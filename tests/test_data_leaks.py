@@ -64,10 +64,10 @@ def test_rows_without_text_are_no_copies_and_are_said() -> None:
 
 
 def test_an_empty_split_and_an_absent_one() -> None:
-    assert find_leaks({"train": keyed("train", "some text"), "test": []}).between_parts == []
+    assert find_leaks({"train": keyed("train", "some text"), "test": []}).copies("train", "test") == []
     alone = find_leaks({"train": keyed("train", "some text", "some text")})
     assert alone.drop() == [] and alone.test_ids_seen_in_training == {"exact": [], "near": []}
-    assert find_leaks({"test": keyed("test", "some text")}).training_places == set()
+    assert find_leaks({"test": keyed("test", "some text")}).drop() == []
 
 
 # -- near: against the definition --------------------------------------------------------------------------------------
@@ -185,10 +185,10 @@ def test_which_training_rows_to_leave_out() -> None:
     ]
     assert [drop.row for drop in found.drop(near=False)] == [4]
     assert [drop.row for drop in found.drop(of="validation", keep=("test",))] == [0]
-    assert found.training_places == {"train.txt:4", "train.txt:5"}
+    assert {drop.place for drop in found.drop()} == {"train.txt:4", "train.txt:5"}
     kept = [row for number, row in enumerate(found.splits["train"]) if number not in {d.row for d in found.drop()}]
     clean = find_leaks({**found.splits, "train": kept})
-    assert clean.between_parts == [] and clean.drop() == []
+    assert clean.copies("test", "train") == clean.copies("validation", "train") == clean.drop() == []
 
 
 def test_it_is_said_with_places_of_both_sides() -> None:
@@ -201,11 +201,6 @@ def test_it_is_said_with_places_of_both_sides() -> None:
     assert "2 rows of train repeat an earlier one: train.txt:1 = train.txt:2 = train.txt:3" in said
     assert "3 rows of train have the same text and another label" in said
     assert "1 ids of train stand at several rows: 'train0' at train.txt:1, train.txt:9" in said
-    assert [c.sentence() for c in found.between_parts] == [
-        "validation.txt:1 = train.txt:5",
-        "test.txt:1 = train.txt:4 (0.96 alike)",
-        "test.txt:2 = train.txt:5",
-    ]
     between = found.as_dict()["between"]
     assert [(one["split"], one["stands_in"]) for one in between] == [
         ("validation", "train"),

@@ -53,10 +53,6 @@ class Copy:
     place: str
     copy_of: str
 
-    def sentence(self) -> str:
-        """The copy in words, with both places."""
-        return f"{self.place} = {self.copy_of}" + ("" if self.kind == "exact" else f" ({self.similarity:.2f} alike)")
-
 
 @dataclass(frozen=True)
 class Group:
@@ -127,17 +123,6 @@ class Leaks:
         """`seen("test", "train")`; nothing where one of the two is not there."""
         return self.seen("test", "train") if {"test", "train"} <= self.splits.keys() else {"exact": [], "near": []}
 
-    @property
-    def between_parts(self) -> list[Copy]:
-        """The rows of every other split that stand in `train`."""
-        return [c for split in self.splits if split != "train" and "train" in self.splits
-                for c in self.copies(split, "train")]  # fmt: skip
-
-    @property
-    def training_places(self) -> set[str]:
-        """The places of all training rows that stand in validation or test, as they are or nearly."""
-        return {drop.place for drop in self.drop()} if "train" in self.splits else set()
-
     def repeated(self, split: str) -> list[Group]:
         """Texts that stand more than once in one split, with their rows; `labels` > 1 where they contradict."""
         keyed = self.splits[split]
@@ -150,11 +135,11 @@ class Leaks:
     def drop(self, of: str = "train", keep: Sequence[str] = ("validation", "test"), *, near: bool = True) -> list[Drop]:
         """Which rows of `of` to leave out so that none of them stands in the splits of `keep`, each once, in order.
 
-        With `near` the near copies too. Splits of `keep` that are not there are passed over.
+        With `near` the near copies too. Splits that are not there are passed over.
         """
         found: dict[int, Drop] = {}
         for other in keep:
-            if other not in self.splits or other == of:
+            if other == of or not {other, of} <= self.splits.keys():
                 continue
             for copy in self.copies(of, other):
                 if copy.kind == "exact" or near:

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from ratoon.base.errors import ConfigError, DataError
 from ratoon.base.seeds import stream
 from ratoon.base.settings import Settings
+from ratoon.data.layouts import announced
 from ratoon.data.leaks import Keyed, Leaks, find_leaks
 from ratoon.data.ledger import Ledger
 from ratoon.data.rows import Kind, RowReading, read_rows
@@ -109,7 +110,7 @@ def read_records(task: Task[Any], files: Sequence[str], settings: RecordSettings
     found = [
         path for file in files for path in ([Path(file)] if Path(file).is_file() else find_files([Path(file)], listing))
     ]
-    for row in read_rows(found, settings.reading, ledger):
+    for row in announced(read_rows(found, settings.reading, ledger), ledger):
         told = {key: str(row.fields.get(key)) for key in settings.where}
         if told != settings.where:
             ledger.drop_unread("not wanted (data.where)", row.place, asked=True)

@@ -1,8 +1,8 @@
 """Files -> rows: the records of a task as their files hold them, each with its place.
 
 Decides what a row is in jsonl, json, csv, tsv, parquet, plain lines, CoNLL columns and SQuAD's nesting, and which of
-these a file is. What the fields mean is `layouts.py`'s and the task's; how files are opened is `values.py`'s. A row
-that cannot be read is refused, or left out and booked, with file and line.
+these a file is. What the fields mean is the task's; how files are opened is `values.py`'s. A row that cannot be read is
+refused, or left out and booked, with file and line.
 """
 
 from __future__ import annotations
