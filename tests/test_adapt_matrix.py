@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +36,22 @@ class Entry:
     starts_as_base: bool = True
     merges: bool = True
     rate: float = 0.03
-    falls_to: float = 0.1
-    steps: int = 60
-    more: Table = field(default_factory=dict)
+    falls_to: float = 0.15
 
 
 ENTRIES = {
-    "full": Entry({"kind": "full"}, adapter=False, rate=0.01),
-    "full-frozen": Entry({"kind": "full", "freeze_layers": 1}, adapter=False, rate=0.01),
+    "full": Entry({"kind": "full"}, adapter=False, rate=0.01, falls_to=0.05),
+    "full-frozen": Entry({"kind": "full", "freeze_layers": 1}, adapter=False, rate=0.01, falls_to=0.3),
     "lora": Entry({"kind": "lora", "rank": 4}),
-    "lora-upper": Entry({"kind": "lora", "rank": 3, "targets": ("q", "v", "up"), "layers": (1,)}, falls_to=0.7),
+    "lora-upper": Entry({"kind": "lora", "rank": 3, "targets": ("q", "v", "up"), "layers": (1,)}, falls_to=0.6),
     "rslora": Entry({"kind": "lora", "rank": 4, "rank_stabilized": True, "alpha": 4.0}),
     "dora": Entry({"kind": "lora", "rank": 4, "decomposed": True}),
-    "adalora": Entry({"kind": "adalora", "initial_rank": 6, "rank": 4, "alpha": 24.0}, falls_to=0.3),
-    "ia3": Entry({"kind": "ia3"}, rate=0.1, falls_to=0.6),
-    "houlsby": Entry({"kind": "houlsby", "reduction": 2}, merges=False),
-    "pfeiffer": Entry({"kind": "pfeiffer", "reduction": 2}, merges=False, falls_to=0.3),
-    "prefix": Entry({"kind": "prefix", "tokens": 5}, merges=False, starts_as_base=False, rate=0.1, falls_to=0.85),
-    "prompt": Entry({"kind": "prompt", "tokens": 5}, merges=False, starts_as_base=False, rate=0.1, falls_to=0.85),
+    "adalora": Entry({"kind": "adalora", "initial_rank": 6, "rank": 4, "alpha": 24.0}),
+    "ia3": Entry({"kind": "ia3"}, rate=0.1, falls_to=0.8),
+    "houlsby": Entry({"kind": "houlsby", "reduction": 2}, merges=False, falls_to=0.2),
+    "pfeiffer": Entry({"kind": "pfeiffer", "reduction": 2}, merges=False, falls_to=0.4),
+    "prefix": Entry({"kind": "prefix", "tokens": 5}, merges=False, starts_as_base=False, rate=0.1, falls_to=0.75),
+    "prompt": Entry({"kind": "prompt", "tokens": 5}, merges=False, starts_as_base=False, rate=0.1, falls_to=0.93),
 }
 MODELS: dict[str, Table] = {
     "llama": {},
@@ -118,7 +116,7 @@ def test_only_what_is_declared_gets_a_gradient(entry: Entry, changes: Table) -> 
     (model.logits(model(ids_of(method))) ** 2).mean().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (name in declared), name
-        if parameter.grad is not None and name != "place.weight":
+        if parameter.grad is not None:
             assert parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
@@ -144,7 +142,7 @@ def test_merged_is_unmerged(entry: Entry, changes: Table) -> None:
         method.unmerge(model)
     method.merge(model)
     assert values_of(model).keys() == base.keys(), "the parts are taken out"
-    torch.testing.assert_close(logits(model, ids_of()), apart, atol=1e-5, rtol=1e-5)
+    assert float((logits(model, ids_of()) - apart).abs().max()) < 1e-5 * float(apart.abs().max())
     assert not torch.allclose(apart, logits(little.model(**changes).eval(), ids_of()), atol=0.05)
     method.unmerge(model)
     assert torch.equal(logits(model, ids_of()), apart)
@@ -221,7 +219,7 @@ def fit(entry: Entry, method: Method, changes: Table, **settings: Any) -> tuple[
     """A model trained on ten rows with the one loop, and the losses of its steps."""
     model, records = little.model(**changes), []
     method.install(model, seed=1)
-    table = {"steps": entry.steps, "rows": 10, "learning_rate": entry.rate, "weight_decay": 0.0, "warmup_steps": 0,
+    table = {"steps": 100, "rows": 10, "learning_rate": entry.rate, "weight_decay": 0.0, "warmup_steps": 0,
              "context_tokens": little.TOKENS + method.virtual_tokens, **settings}  # fmt: skip
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -249,7 +247,7 @@ def test_bfloat16_fits_too(name: str) -> None:
     """Work weights of bfloat16 with float32 masters, the base's among them."""
     entry = ENTRIES[name]
     _, found = fit(entry, method_of(entry.table), {}, precision="bf16")
-    assert found[-1] < min(0.93, 1.3 * entry.falls_to) * found[0], (found[0], found[-1])
+    assert found[-1] < entry.falls_to * found[0], (found[0], found[-1])
 
 
 @pytest.mark.parametrize("name", ENTRIES)
