@@ -425,13 +425,13 @@ class TaskHead(nn.Module):
         unit_BT = row_B1 * (T + 1) + document_BT + 1  # one number for each document of each row
         _, number_BT = torch.unique(unit_BT, return_inverse=True)
         count = int(number_BT.max()) + 1
-        number_N, hidden_ND = number_BT[own_BT], hidden_BTD[own_BT].float()
-        weight_N = torch.ones(len(number_N), device=hidden_BTD.device)
+        number_N, hidden_ND = number_BT.flatten(), hidden_BTD.flatten(0, 1).float()
+        weight_N = own_BT.flatten().float()
         if self.query is not None:
             score_N = hidden_ND @ self.query.float() / math.sqrt(D)
             top_M = torch.full((count,), float("-inf"), device=score_N.device)
             top_M = top_M.scatter_reduce(0, number_N, score_N.detach(), "amax")
-            weight_N = torch.exp(score_N - top_M[number_N])
+            weight_N = weight_N * torch.exp(score_N - top_M[number_N])
         total_M = torch.zeros(count, device=hidden_BTD.device).index_add(0, number_N, weight_N)
         sum_MD = torch.zeros(count, D, device=hidden_BTD.device).index_add(0, number_N, hidden_ND * weight_N[:, None])
         at_N = number_BT[at_BT]

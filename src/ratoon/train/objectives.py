@@ -34,6 +34,15 @@ def head_scores(model: Transformer, inputs: Inputs, at_BT: Tensor | None = None)
 
 def label(model: Transformer, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Σ w·(-log p(label)) over the asked positions: a label for each token, or for each text at its last token."""
+    head = model.task_head
+    assert head is not None, "the objective needs a task head"
+    if head.cfg.pooling == "last":
+        # Every position is scored, asked or not: a head costs little, and what is kept has one size in every step
+        # (blocks of changing sizes leave the allocator's memory in pieces, which grows by gigabytes).
+        scores_NK = head.score(read(model, inputs)).float().flatten(0, 1)
+        weight_N = inputs.weight_BT.flatten()
+        loss_N = F.cross_entropy(scores_NK, inputs.targets_BT.flatten(), reduction="none")
+        return (loss_N * weight_N).sum(), weight_N.sum()
     scores_NK = head_scores(model, inputs)
     at_BT = inputs.weight_BT > 0
     loss_N = F.cross_entropy(scores_NK, inputs.targets_BT[at_BT], reduction="none")
