@@ -70,18 +70,25 @@ class Turns:
 
     def __init__(self, warm_up: int, a_step: int, facts: dict[str, Any] | None = None) -> None:
         self.left, self.asked, self.a_step, self.facts = warm_up, warm_up, a_step, facts or {}
+        self.counted = 0
         self.began = time.perf_counter()
+
+    def count(self, done: int) -> None:
+        """Book work of a step whose size is its own, in place of `a_step`."""
+        self.counted += done
 
     def step(self) -> None:
         """Go on if something is left of what was asked for; else answer, and wait for more. Ends the process when
         the parent closes the pipe."""
         if self.left == 0:
-            answer = {"seconds": time.perf_counter() - self.began, "done": self.asked * self.a_step}
+            done = self.counted or self.asked * self.a_step
+            answer = {"seconds": time.perf_counter() - self.began, "done": done}
             print(json.dumps({**self.facts, **answer, "peak_bytes": peak_bytes()}), file=sys.__stdout__, flush=True)
             line = sys.stdin.readline()
             if not line:
                 sys.exit()
             self.left = self.asked = int(line)
+            self.counted = 0
             self.began = time.perf_counter()
         self.left -= 1
 
