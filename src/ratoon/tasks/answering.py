@@ -1,7 +1,7 @@
 """Question answering: the answer is found in a text (extractive), or said freely.
 
-Decides where an answer stands in a text and in tokens, how a text that is too long is read in windows, and what a window
-without the answer teaches: that its last token, the marker, is begin and end. Free answers become tokens in
+Decides where an answer stands in a text and in tokens, how a text that is too long is read in windows, and what a
+window without the answer teaches: that its last token, the marker, is begin and end. Free answers become tokens in
 `answered.py`.
 """
 
@@ -250,8 +250,8 @@ class Extractive(Task[Searched]):
         """The best piece of the text over all windows.
 
         `scores`: one array (places + 1, 2) a window, begin and end at its places and the marker. Each window's scores
-        are made probabilities first, so that one without the answer, which gives them to its marker, does not win by the
-        size of its numbers. Where questions may have no answer, the answer is empty when each window's marker is more
+        are made probabilities first, so that one without the answer, which gives them to its marker, does not win
+        by the size of its numbers. Where questions may have no answer, the answer is empty when each window's marker is more
         probable than every piece.
         """
         import numpy as np

@@ -99,7 +99,8 @@ class Pairs(Classification):
 
     def with_text(self, record: LabelledText, text: str) -> LabelledPair:
         """The same label for two other texts. Raises `DataError` when they are no longer two."""
-        return replace(_pair(record), **dict(zip(("text", "second"), _two(text, record.place), strict=True)))
+        first, second = _two(text, record.place)
+        return replace(_pair(record), text=first, second=second)
 
     def encode(self, record: LabelledText, tokenizer: Tokenizer, *, room_tokens: int, too_long: TooLong) -> Encoded:
         """Both texts' tokens, the answer asked at the last one. Too long: the longer text is shortened."""

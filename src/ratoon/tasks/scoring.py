@@ -31,7 +31,7 @@ class ScoringSettings(TaskSettings):
     step: float | None = Field(
         None,
         ge=0,
-        description="numbers are multiples of it above low; 0: any; absent: 1 where training has whole numbers",
+        description="numbers are low + multiples of it; 0: any; absent: 1 where training has whole numbers",
     )
     group: str | None = Field(
         None, description="the field that names a row's group, where each has lowest and highest numbers of its own"
@@ -107,10 +107,7 @@ class Scoring(Task[Scored]):
                 )
         for record in training:
             self.check(record)
-        of = [
-            f"{f'{group}: ' if group else ''}{lowest:g} to {highest:g}"
-            for group, (lowest, highest) in self.ranges.items()
-        ]
+        of = [f"{name + ': ' if name else ''}{least:g} to {most:g}" for name, (least, most) in self.ranges.items()]
         steps = f"in steps of {self.step:g}" if self.step else "of any size"
         return [f"numbers {steps}, {', '.join(of)}"]
 
