@@ -97,6 +97,8 @@ class AdaLora(Method):
         self._kept: Tensor | None = None
         """(units, R0) bool: the triplets of the last allocation; None before the first one."""
         self._final = False
+        self._installed: list[Unit] = []
+        self._named: dict[str, dict[str, str]] = {}
         self._sensitivity: dict[str, Tensor] = {}
         self._uncertainty: dict[str, Tensor] = {}
 
@@ -124,6 +126,7 @@ class AdaLora(Method):
                     expected=f"at most {min(unit.inputs, unit.outputs)}",
                 )
         freeze(model)
+        self._installed, self._named = found, {}
         for unit in found:
             weight = layers[unit.sites[0].name].weight
             generator = torch.Generator().manual_seed(derive(seed, "method", self.kind, unit.sites[0].name))
@@ -152,7 +155,7 @@ class AdaLora(Method):
         R = self.settings.initial_rank
         parts = adapted(model, AdaLoraLinear)
         grams = []
-        for unit in self._units(model):
+        for unit in self._installed:
             mine = [parts[site.name] for site in unit.sites]
             grams.append(sum(one.P.float().t() @ one.P.float() for one in mine))
             grams.append(mine[0].Q.float() @ mine[0].Q.float().t())
@@ -164,7 +167,7 @@ class AdaLora(Method):
         """Sensitivity |w dL/dw| of each number (eq. 8), smoothed (eq. 9), and how far it strays from that (eq. 10)."""
         if self._final or self._ahead(moment) >= 1 - self.settings.final_fraction:
             return  # the budget is settled: nothing asks for importances any more
-        names = self._names(model, moment)
+        names = sorted({name for parts in self._names_of_parts(model).values() for name in parts.values()})
         if not self._sensitivity:
             for name in names:
                 self._sensitivity[name] = torch.zeros_like(moment.values[name])
@@ -185,8 +188,8 @@ class AdaLora(Method):
         last = ahead >= 1 - self.settings.final_fraction
         begun = ahead > self.settings.warmup_fraction
         if not self._final and (last or (begun and (moment.step + 1) % self.settings.every_steps == 0)):
-            found = self._units(model)
-            scores_UR = self.importance(model, moment, found)
+            found = self._installed
+            scores_UR = self.importance(model)
             budget = self.budget(len(found), ahead)
             chosen = scores_UR.flatten().topk(budget).indices
             kept = torch.zeros(scores_UR.numel(), dtype=torch.bool, device=scores_UR.device)
@@ -194,9 +197,9 @@ class AdaLora(Method):
             self._kept, self._final = kept.view_as(scores_UR), last
             assert int(kept.sum()) == budget
             assert not last or budget == self.settings.rank * len(found), "the last budget is rank x matrices"
-            self._prune(model, moment, found)
+            self._prune(model, moment)
         elif self._final:
-            self._prune(model, moment, self._units(model))
+            self._prune(model, moment)
 
     def budget(self, matrices: int, progress: float) -> int:
         """Triplets that the whole model may have at that share of the run (eq. 12): all of them while it warms up,
@@ -210,25 +213,25 @@ class AdaLora(Method):
         left = 1 - (progress - settings.warmup_fraction) / (1 - settings.final_fraction - settings.warmup_fraction)
         return round(last + (first - last) * left**3)
 
-    def importance(self, model: Transformer, moment: Moment, found: list[Unit]) -> Tensor:
+    def importance(self, model: Transformer) -> Tensor:
         """The importance of each triplet (units, R0): s of its singular value and the means of s over its two vectors
         (eq. 7), where s is sensitivity times uncertainty (eq. 11)."""
-        names = self._names_of_parts(model, moment)
+        names = self._names_of_parts(model)
 
         def score(name: str) -> Tensor:
             return self._sensitivity[name] * self._uncertainty[name]
 
         rows = []
-        for unit in found:
+        for unit in self._installed:
             mine = [names[site.name] for site in unit.sites]
             left_R = sum(score(one["P"]).sum(0) for one in mine) / unit.outputs
             rows.append(score(mine[0]["E"]).flatten() + left_R + score(mine[0]["Q"]).mean(1))
         return torch.stack(rows)
 
-    def _prune(self, model: Transformer, moment: Moment, found: list[Unit]) -> None:
-        names = self._names_of_parts(model, moment)
+    def _prune(self, model: Transformer, moment: Moment) -> None:
+        names = self._names_of_parts(model)
         assert self._kept is not None
-        for unit, kept_R in zip(found, self._kept, strict=True):
+        for unit, kept_R in zip(self._installed, self._kept, strict=True):
             values = moment.values[names[unit.sites[0].name]["E"]]
             values.masked_fill_(~kept_R.to(values.device)[:, None], 0.0)
 
@@ -236,17 +239,15 @@ class AdaLora(Method):
         """The share of the run that is over with this step: the last step of a run of steps is the end."""
         return moment.progress if moment.steps is None else (moment.step + 1) / moment.steps
 
-    def _names(self, model: Transformer, moment: Moment) -> list[str]:
-        found = {name for parts in self._names_of_parts(model, moment).values() for name in parts.values()}
-        return sorted(found)
-
-    def _names_of_parts(self, model: Transformer, moment: Moment) -> dict[str, dict[str, str]]:
+    def _names_of_parts(self, model: Transformer) -> dict[str, dict[str, str]]:
         """By site: the names under which the loop knows P, E and Q (shared ones stand under the first site's name)."""
-        by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
-        return {
-            site: {part: by_identity[id(getattr(module, part))] for part in "PEQ"}
-            for site, module in adapted(model, AdaLoraLinear).items()
-        }
+        if not self._named:
+            by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
+            self._named = {
+                site: {part: by_identity[id(getattr(module, part))] for part in "PEQ"}
+                for site, module in adapted(model, AdaLoraLinear).items()
+            }
+        return self._named
 
     def state(self) -> dict[str, Tensor]:
         """Sensitivities, uncertainties, and the triplets of the last allocation."""
@@ -266,8 +267,7 @@ class AdaLora(Method):
 
     def facts(self, model: Transformer) -> dict[str, Any]:
         """The ranks at the end: of each matrix, and of all together; and whether the schedule has come to its end."""
-        parts = adapted(model, AdaLoraLinear)
-        found = self._units(model)
+        parts, found = adapted(model, AdaLoraLinear), self._installed
         kept = self._kept if self._kept is not None else torch.ones(len(found), self.settings.initial_rank)
         ranks = {unit.sites[0].name: int(kept_R.sum()) for unit, kept_R in zip(found, kept, strict=True)}
         if self._final:
