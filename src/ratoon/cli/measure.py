@@ -99,7 +99,7 @@ def progress(what: str) -> Callable[[int, int], None]:
 
 def task_of_model(lm: LanguageModel) -> Task[Any]:
     """The task that a model was fine-tuned for, as its manifest tells. Raises `ArtifactError` where it tells none."""
-    from ratoon.tasks.registry import task_of
+    from ratoon.tasks.registry import restored
 
     facts = lm.facts.get("task")
     if not isinstance(facts, dict):
@@ -109,6 +109,4 @@ def task_of_model(lm: LanguageModel) -> Task[Any]:
             expected="a model that `ratoon finetune` made",
             fix="name a recipe: ratoon evaluate MODEL --task RECIPE",
         )
-    task = task_of({"kind": facts["kind"], **facts["settings"]})
-    task.restore(facts)
-    return task
+    return restored(facts, where=str(lm.facts.get("path") or lm.name))

@@ -177,8 +177,10 @@ def _by_head(
     room = lm.context_tokens - leading
     examples: list[Example] = []
     owner: list[int] = []
+    places: list[Any] = []
     for number, record in enumerate(records):
         found = encode(lm, task, record, policy, room)
+        places.append(found.places)
         if not found.examples:
             raise DataError(f"the record cannot be put to the model: {found.reason}", where=record.place)
         examples += found.examples
@@ -188,14 +190,14 @@ def _by_head(
     for number, found_scores in zip(owner, scores, strict=True):
         by_record[number].append(found_scores)
     predictions = []
-    for record, parts in zip(records, by_record, strict=True):
+    for record, parts, places_of in zip(records, by_record, places, strict=True):
         if wanted.kind == "sequence":
             row = parts[0][0]
             predictions.append(Prediction(record, task.read_scores(record, row), _probabilities(row, wanted.problem)))
         elif wanted.kind == "token":
             predictions.append(Prediction(record, task.read_scores(record, np.concatenate(parts))))
         else:
-            predictions.append(Prediction(record, task.read_scores(record, parts)))
+            predictions.append(Prediction(record, task.read_scores(record, list(zip(places_of, parts, strict=True)))))
     return predictions
 
 
@@ -374,8 +376,8 @@ def measure(task: Task[Any], predictions: Sequence[Prediction], language: str, *
     if task.measure == "numbers":
         from ratoon.evaluate.metrics.numbers import scores
 
-        settings: Any = task.settings
-        return scores(expected, answers, settings.low, settings.high, settings.step, **drawing)
+        scoring: Any = task
+        return scores(expected, answers, *scoring.scale(), **drawing)
     if task.measure == "answers":
         from ratoon.evaluate.metrics.answers import answers as question_answers
 

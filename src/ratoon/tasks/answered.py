@@ -48,7 +48,6 @@ class AnsweredSettings(TaskSettings):
     )
     system: str = Field("", description="chat: a system text before it")
     as_source: bool = Field(False, description="for an encoder-decoder: the encoder reads the source, without template")
-    language: str = Field("en", description="the answers' language, for the template and the measures: en, zh, …")
     max_new_tokens: int = Field(128, ge=1, description="the longest answer")
     stop: tuple[str, ...] = Field((), description="texts that end an answer beside the end token")
 
@@ -59,6 +58,12 @@ class AnsweredSettings(TaskSettings):
         if self.system and self.through != "chat":
             raise ValueError("system has no effect unless through is chat")
         return self
+
+
+class SpokenSettings(AnsweredSettings):
+    """The same, for tasks whose own template is in the language of the rows."""
+
+    language: str = Field("en", description="the language of the task's own template: en or zh")
 
 
 @dataclass(frozen=True)

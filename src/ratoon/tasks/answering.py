@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from ratoon.base.errors import ConfigError, DataError
-from ratoon.tasks.answered import Answered, AnsweredSettings
+from ratoon.tasks.answered import Answered, SpokenSettings
 from ratoon.tasks.contract import Encoded, Head, Named, Record, Task, TaskSettings, TooLong, pick, too_long
 from ratoon.tasks.example import Example
 from ratoon.tasks.parts import continued, end_of_text, side
@@ -47,7 +47,7 @@ def answer_texts(found: Any) -> list[tuple[str, int | None]]:
 class FreeAnswers(Answered):
     """A question is answered in the model's own words, with a text to read (`task.with_context`) or without."""
 
-    class FreeSettings(AnsweredSettings):
+    class FreeSettings(SpokenSettings):
         """Whether there is a text to read."""
 
         with_context: bool = Field(False, description="rows have a text in which the answer is looked up")
@@ -89,7 +89,6 @@ class ExtractiveSettings(TaskSettings):
     max_answer_characters: int | None = Field(
         None, ge=1, description="the longest answer that is given; absent: the longest of the training rows"
     )
-    language: str = Field("en", description="the answers' language, for the measures: en, zh, …")
 
 
 @dataclass(frozen=True)
@@ -196,13 +195,7 @@ class Extractive(Task[Searched]):
         windows, whole, cut, reason = self._windows(record, tokenizer, room_tokens, too_long)
         examples = [window.example for window in windows]
         held = sum(len(example.ids) for example in examples)
-        return Encoded(examples, whole, cut, reason, repeated_tokens=held + cut - whole)
-
-    def windows(
-        self, record: Searched, tokenizer: Tokenizer, *, room_tokens: int, too_long: TooLong = "split"
-    ) -> list[Window]:
-        """The examples of `encode`, with what their tokens stand for: what `read_windows` needs beside the scores."""
-        return self._windows(record, tokenizer, room_tokens, too_long)[0]
+        return Encoded(examples, whole, cut, reason, held + cut - whole, [window.places for window in windows])
 
     def _windows(
         self, record: Searched, tokenizer: Tokenizer, room_tokens: int, policy: TooLong
@@ -242,30 +235,25 @@ class Extractive(Task[Searched]):
         return Window(example, places)
 
     def read_scores(self, record: Searched, scores: Any) -> str:
-        """The answer of (windows, scores) pairs: see `read_windows`."""
-        windows, found = scores
-        return self.read_windows(record, windows, found)
-
-    def read_windows(self, record: Searched, windows: Sequence[Window], scores: Sequence[Any]) -> str:
         """The best piece of the text over all windows.
 
-        `scores`: one array (places + 1, 2) a window, begin and end at its places and the marker. Each window's scores
-        are made probabilities first, so that one without the answer, which gives them to its marker, does not win
-        by the size of its numbers. Where questions may have no answer, the answer is empty when each window's marker is more
-        probable than every piece.
+        `scores`: for each example of `encode` its places and an array (places + 1, 2): begin and end at each of them
+        and at the marker. Each window's scores are made probabilities first, so that one without the answer, which
+        gives them to its marker, does not win by the size of its numbers. Where questions may have no answer, the
+        answer is empty when each window's marker is more probable than every piece.
         """
         import numpy as np
 
         best, answer, nowhere = -np.inf, "", np.inf
-        for window, found in zip(windows, scores, strict=True):
+        for places, found in scores:
             found = np.asarray(found, dtype=np.float64)
-            assert found.shape == (len(window.places) + 1, 2), "scores at each place of the window and its marker"
+            assert found.shape == (len(places) + 1, 2), "scores at each place of the window and its marker"
             log = found - _log_sum(found)
             nowhere = min(nowhere, float(log[-1].sum()))
-            if not window.places:
+            if not places:
                 continue
-            begins = np.array([place[0] for place in window.places])
-            ends = np.array([place[1] for place in window.places])
+            begins = np.array([place[0] for place in places])
+            ends = np.array([place[1] for place in places])
             sums = log[:-1, None, 0] + log[None, :-1, 1]
             length = ends[None, :] - begins[:, None]
             longest = self.longest_characters or len(record.context)

@@ -120,7 +120,7 @@ class Classification(_Labelled[LabelledText]):
     objective = "text_label"
     measure = "classification"
 
-    def record(self, row: Mapping[str, Any], place: str) -> LabelledText:
+    def record(self, row: Mapping[str, Any], place: str) -> LabelledText | None:
         """Text and label of the row."""
         text = fill(self.settings.template, self.settings.fields, row, place)
         label = self.label_of(pick(row, LABEL, self.settings.fields, place))
@@ -185,7 +185,7 @@ def fill(template: str, fields: Mapping[str, str], row: Mapping[str, Any], place
     """The template with the row's fields: `{text}` is recognised, others by their names; lists are joined."""
     values = {}
     for name in names_in(template):
-        values[name] = as_text(pick(row, TEXT if name == "text" else Named(name, (name,)), fields, place))
+        values[name] = as_text(pick(row, TEXT if name == "text" else Named(name, (name, f"{name}s")), fields, place))
     return filled(template, values)
 
 

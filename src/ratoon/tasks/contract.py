@@ -57,6 +57,8 @@ class Encoded:
     reason: str | None = None
     """Why something was cut, split or dropped."""
     repeated_tokens: int = 0
+    places: Sequence[Sequence[tuple[int, int]]] = ()
+    """Spans: for each example the characters (first, last + 1) of each token that an answer may begin or end at."""
 
     @property
     def held_tokens(self) -> int:
@@ -107,9 +109,9 @@ class Task(ABC, Generic[R]):
         self.settings = settings if settings is not None else self.settings_type.model_validate({})
 
     @abstractmethod
-    def record(self, row: Mapping[str, Any], place: str) -> R:
-        """The row's record. Raises `DataError` with the place for a missing or empty field, or a value that cannot
-        be."""
+    def record(self, row: Mapping[str, Any], place: str) -> R | None:
+        """The row's record; None for a row that says itself that it has no answer. Raises `DataError` with the place
+        for a missing or empty field, or a value that cannot be."""
 
     def settle(self, training: Sequence[R]) -> list[str]:
         """Take what the training records alone decide (the labels there are); returns sentences for people."""

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ratoon.base.errors import ConfigError, DataError
+from ratoon.base.errors import DataError
 from ratoon.tasks.contract import Encoded, Question, Record, Task, TaskSettings, TooLong, too_long
 from ratoon.tasks.example import Example
 from ratoon.tasks.messages import NOT_LEARNED, Message, to_messages
-from ratoon.tasks.parts import side
+from ratoon.tasks.parts import not_split, side
 from ratoon.tasks.turns import answers, exchanges, most, rendered, shortened, told, weights
 from ratoon.text.tokenizer import Tokenizer
 
@@ -52,7 +52,7 @@ class Dialogue(Task[Talk]):
     """Conversations; the answers of the assistant are learned, each with the token that ends its turn."""
 
     kind = "dialogue"
-    measure = "dialogue"
+    measure = "perplexity"
     settings: DialogueSettings
     settings_type = DialogueSettings
 
@@ -94,11 +94,13 @@ class Dialogue(Task[Talk]):
     def encode(self, record: Talk, tokenizer: Tokenizer, *, room_tokens: int, too_long: TooLong) -> Encoded:
         """The conversation through the model's template.
 
-        Too long: cut-left leaves out the first exchanges, cut-right the last ones, split makes several conversations,
+        Too long: cut-left leaves out the first exchanges, cut-right the last ones (the first, too, where only the last
+        answer is learned; the side is then that of the user's words), split makes several conversations,
         each with the system text (its tokens are repeated); an exchange that is too long alone has its user's words
         cut, or is left out where the conversation is split. Answers stay whole.
         """
-        self._check_policy(too_long)
+        if self.settings.learn == "last":
+            not_split(too_long, "a conversation of which only the last answer is learned")
         whole = len(rendered(tokenizer, _plain(record.messages), record.place, tools=record.tools).ids)
         messages = list(record.messages[: record.asked + 1])
 
@@ -113,20 +115,12 @@ class Dialogue(Task[Talk]):
             raise _too_long(record.place, whole - 1, room_tokens)
         if too_long == "split":
             return self._split(messages, record, tokenizer, whole, room_tokens)
-        keep = "first" if too_long == "cut-right" else "last"
+        keep = "first" if too_long == "cut-right" and self.settings.learn == "all" else "last"
         kept = shortened(messages, fits, too_long, tokenizer, keep=keep)
         if kept is None:
             return Encoded([], whole, whole, "too long: an answer alone does not fit")
         example = self._example(kept, record, tokenizer)
         return Encoded([example], whole, whole - len(example.ids), side(too_long))
-
-    def _check_policy(self, policy: TooLong) -> None:
-        if self.settings.learn == "last" and policy in ("split", "cut-right"):
-            raise ConfigError(
-                f"data.too_long: {policy} would lose the one answer that task.learn: last learns",
-                where="data.too_long",
-                expected="refuse or cut-left",
-            )
 
     def _split(
         self, messages: list[Message], record: Talk, tokenizer: Tokenizer, whole: int, room_tokens: int

@@ -40,7 +40,7 @@ class Generation(Task[Text]):
     token is learned too; without, it has nothing it could be predicted from."""
 
     kind = "generation"
-    measure = "generation"
+    measure = "perplexity"
     settings: GenerationSettings
     settings_type = GenerationSettings
 

@@ -7,7 +7,7 @@ in it. Labels are `classification.py`'s, numbers `scoring.py`'s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,6 @@ from ratoon.text.tokenizer import Tokenizer
 FIRST = Named("first", ("first", "sentence1", "premise", "question1", "text1", "text_a", "abst", "query"))
 SECOND = Named("second", ("second", "sentence2", "hypothesis", "question2", "text2", "text_b", "keyword", "title"))
 TEMPLATE = "{first}\n{second}"
-WITHOUT_LABEL = "dropped: the row has the label '{label}', which says that it has none"
 
 
 def pair_of(row: Mapping[str, Any], fields: Mapping[str, str], place: str) -> tuple[str, str]:
@@ -56,7 +55,7 @@ class PairSettings(ClassificationSettings):
 
     template: str = Field(TEMPLATE, description="what is read: {first} and {second} are recognised")
     without_label: tuple[str, ...] = Field(
-        ("-",), description="labels that say that a row has none: such rows are dropped, counted (OCNLI's '-')"
+        ("-",), description="labels that say that a row has none (OCNLI's '-'): it is left out, counted"
     )
 
 
@@ -74,24 +73,13 @@ class Pairs(Classification):
     settings: PairSettings
     settings_type = PairSettings
 
-    def record(self, row: Mapping[str, Any], place: str) -> LabelledPair:
-        """The two texts and their label."""
+    def record(self, row: Mapping[str, Any], place: str) -> LabelledPair | None:
+        """The two texts and their label; None where the label says that there is none."""
         first, second = pair_of(row, self.settings.fields, place)
         found = self.label_of(pick(row, LABEL_OF_PAIR, self.settings.fields, place))
+        if found in self.settings.without_label:
+            return None
         return LabelledPair(str(row.get("id", row.get("idx", place))), place, first, (found,), second)
-
-    def settle(self, training: Sequence[LabelledText]) -> list[str]:
-        """Take the labels of the training records, without those that say that a row has none."""
-        kept = [record for record in training if record.labels[0] not in self.settings.without_label]
-        sentences = super().settle(kept)
-        if len(kept) < len(training):
-            sentences.append(f"{len(training) - len(kept):,} training rows have no label and are dropped")
-        return sentences
-
-    def check(self, record: LabelledText) -> None:
-        """Raise `DataError` for a label that was not settled."""
-        if record.labels[0] not in self.settings.without_label:
-            super().check(record)
 
     def text(self, record: LabelledText) -> str:
         """Both texts, on a line each."""
@@ -108,8 +96,6 @@ class Pairs(Classification):
         ids, whole, cut, reason = pair_ids(
             self.settings.template, values, tokenizer, room_tokens, too_long, record.place
         )
-        if record.labels[0] in self.settings.without_label:
-            return Encoded([], whole, whole, WITHOUT_LABEL.format(label=record.labels[0]))
         if not ids:
             return Encoded([], whole, whole, reason)
         target, vector = self.target(record)

@@ -58,7 +58,7 @@ class Scoring(Task[Scored]):
 
     kind = "scoring"
     objective = "numbers"
-    measure = "scores"
+    measure = "numbers"
     settings: ScoringSettings
     settings_type = ScoringSettings
     ranges: Mapping[str, tuple[float, float]] = {}
@@ -130,6 +130,13 @@ class Scoring(Task[Scored]):
                 expected=f"one of {', '.join(self.ranges)}",
             )
         return self.ranges[record.group]
+
+    def scale(self) -> tuple[float | None, float | None, float]:
+        """Lowest, highest and step of the grades; without the two where there are no grades common to all records."""
+        ranges = set(self.ranges.values())
+        if len(ranges) != 1 or not self.step:
+            return None, None, 1.0
+        return (*ranges.pop(), self.step)
 
     def facts(self) -> dict[str, Any]:
         """The settings, the lowest and highest numbers, and the step."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ratoon.tasks.answered import Answered, AnsweredSettings
+from ratoon.tasks.answered import Answered, SpokenSettings
 from ratoon.tasks.contract import Named, pick
 
 DOCUMENT = ("document", "article", "dialogue", "source", "text", "content")
@@ -22,8 +22,8 @@ class Summarization(Answered):
 
     kind = "summarization"
     measure = "summaries"
-    settings: AnsweredSettings
-    settings_type = AnsweredSettings
+    settings: SpokenSettings
+    settings_type = SpokenSettings
 
     def template(self) -> str:
         """The document, and a line that asks for its summary."""

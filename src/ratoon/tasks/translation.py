@@ -23,7 +23,7 @@ class TranslationSettings(AnsweredSettings):
     """From which language into which."""
 
     source_language: str = Field("en", description="the language that is read")
-    language: str = Field("zh", description="the language that is written, for the template and the measures")
+    target_language: str = Field("zh", description="the language that is written")
 
 
 class Translation(Answered):
@@ -40,7 +40,7 @@ class Translation(Answered):
 
     def constants(self) -> dict[str, str]:
         """The languages' names."""
-        codes = {"from": self.settings.source_language, "to": self.settings.language}
+        codes = {"from": self.settings.source_language, "to": self.settings.target_language}
         return {name: LANGUAGES.get(code, code) for name, code in codes.items()}
 
     def named(self, name: str) -> Named:
@@ -51,6 +51,6 @@ class Translation(Answered):
 
     def answers_of(self, row: Mapping[str, Any], place: str) -> tuple[str, ...]:
         """The translation, or several."""
-        named = Named("target", ("target", "tgt", self.settings.language, "translation"))
+        named = Named("target", ("target", "tgt", self.settings.target_language, "translation"))
         found = pick(row, named, self.settings.fields, place)
         return tuple(map(str, found)) if isinstance(found, list | tuple) else (str(found),)
