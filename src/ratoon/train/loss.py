@@ -85,13 +85,19 @@ def next_token(model: Transformer, inputs: Inputs) -> tuple[Tensor, Tensor]:
     routers: list[Tensor] | None = [] if model.cfg.moe is not None else None
     hidden_BTD = read(model, inputs, routers)
     loss = cross_entropy(model, hidden_BTD, inputs.targets_BT, inputs.weight_BT)
+    return with_balance(model, loss, routers, inputs, inputs.weight_BT.sum(1)), inputs.weight_BT.sum()
+
+
+def with_balance(
+    model: Transformer, loss: Tensor, routers: list[Tensor] | None, inputs: Inputs, weight_B: Tensor
+) -> Tensor:
+    """The loss with the load-balancing losses of `routers` added, each row's as often as `weight_B` says."""
     if routers and model.cfg.moe is not None and model.cfg.moe.balance_weight:
         keep_BT = None if inputs.document_BT is None else inputs.document_BT >= 0
-        row_weight_B = inputs.weight_BT.sum(1)
         for router_BTE in routers:
             per_row_B = balance_loss(router_BTE, model.cfg.moe.experts_per_token, keep_BT)
-            loss = loss + model.cfg.moe.balance_weight / len(routers) * (per_row_B * row_weight_B).sum()
-    return loss, inputs.weight_BT.sum()
+            loss = loss + model.cfg.moe.balance_weight / len(routers) * (per_row_B * weight_B).sum()
+    return loss
 
 
 def sequence_to_sequence(model: EncoderDecoder, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -119,7 +125,7 @@ def cross_entropy(model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor, we
     targets_N, weight_N = targets_BT.reshape(-1), weight_BT.reshape(-1)
     learned = int(torch.count_nonzero(weight_N))
     if learned < weight_N.numel() * 0.9:  # prompts, padding: their scores are not needed at all
-        index = _rounded(weight_N.nonzero()[:, 0], weight_N)
+        index = rounded(weight_N.nonzero()[:, 0], weight_N)
         hidden_ND, targets_N, weight_N = hidden_ND[index], targets_N[index], weight_N[index]
     head_VD = model.head_weight()
     if torch.is_autocast_enabled(hidden_ND.device.type):
@@ -137,7 +143,7 @@ SELECTED_STEP = 256
 that nothing fits into: measured, 30 MiB more a step."""
 
 
-def _rounded(index_N: Tensor, weight_N: Tensor) -> Tensor:
+def rounded(index_N: Tensor, weight_N: Tensor) -> Tensor:
     """The positions, filled up with some of weight 0 to a multiple of `SELECTED_STEP`, as far as there are such."""
     idle = (weight_N == 0).nonzero()[:, 0]
     return torch.cat([index_N, idle[: -len(index_N) % SELECTED_STEP]])
