@@ -177,6 +177,7 @@ class _Job(Job):
         lm, parents = self._begin(method)
         assert lm.tokenizer is not None
         material = read_material(recipe, lm.tokenizer, self.talk, leading=method.virtual_tokens)
+        method.read_text(lm.tokenizer.encode)
         self._install(lm, material.task, method)
         loader, settings = self._loader(material, method)
         self._announce(lm, material, method, loader, settings)
@@ -198,6 +199,7 @@ class _Job(Job):
     def _begin(self, method: Method) -> tuple[LanguageModel, list[Any]]:
         """The model that is trained, with its tokenizer, and what it is made from."""
         from ratoon.cli.export import model_parent
+        from ratoon.cli.measure import working_dtype
         from ratoon.generate.lm import load, locate
         from ratoon.store.artifact import Parent
 
@@ -206,7 +208,9 @@ class _Job(Job):
             from ratoon.cli.translate import new_model
 
             return new_model(self.recipe, self.run, self.talk)
-        lm = load(name, device="cpu")
+        # A frozen base may be held in the type that training computes with; what is trained or merged may not.
+        exact = method.kind == "full" or self.recipe.merge or self.recipe.train.get("precision", "auto") != "auto"
+        lm = load(name, dtype="float32" if exact else working_dtype(), device="cpu")
         if lm.tokenizer is None:
             raise ArtifactError(f"the model '{name}' has no tokenizer", where="model.base", expected="tokenizer.json")
         lm.virtual_tokens = method.virtual_tokens

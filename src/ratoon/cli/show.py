@@ -34,6 +34,8 @@ def show_records(recipe: TuneRecipe, count: int, *, as_json: bool) -> None:
     tokenizer = tokenizer_of(name)
     material = read_material(recipe, tokenizer, talk, leading=method.virtual_tokens)
     places = {record.id: record.place for record in material.parts.train}
+    head = material.task.head()
+    labels = () if head is None or head.kind == "span" else head.labels
     found: list[dict[str, Any]] = []
     for example in material.train[:count]:
         shown = [
@@ -49,6 +51,11 @@ def show_records(recipe: TuneRecipe, count: int, *, as_json: bool) -> None:
         answer("".join(_coloured(token) for token in one["tokens"]))
         answer("")
     talk("plain: only read; green: learned; [label] behind a token: what is asked there")
+
+
+def _named(target: Any, labels: tuple[str, ...]) -> Any:
+    """A label's name in place of its number."""
+    return labels[target] if isinstance(target, int) and 0 <= target < len(labels) else target
 
 
 def _coloured(token: dict[str, Any]) -> str:

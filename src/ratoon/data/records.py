@@ -33,6 +33,7 @@ PARTS = ("train", "validation", "test")
 class RecordSettings(Settings):
     """Where the rows of a task come from, and what may be left out of them."""
 
+    folder: str = Field(".", description="where files without a full path are looked for")
     train: tuple[str, ...] = Field(min_length=1, description="files to learn from")
     validation: tuple[str, ...] = Field((), description="files to choose by; absent: a share of the training rows")
     test: tuple[str, ...] = Field((), description="files to be measured on at the end; absent: a share, or none")
@@ -107,9 +108,8 @@ def read_records(task: Task[Any], files: Sequence[str], settings: RecordSettings
     instead."""
     records: list[Any] = []
     listing = Ledger()
-    found = [
-        path for file in files for path in ([Path(file)] if Path(file).is_file() else find_files([Path(file)], listing))
-    ]
+    paths = [Path(settings.folder) / file for file in files]
+    found = find_files(paths, listing, any_kind=True) if paths else []
     for row in announced(read_rows(found, settings.reading, ledger), ledger):
         told = {key: str(row.fields.get(key)) for key in settings.where}
         if told != settings.where:

@@ -338,6 +338,7 @@ def _load_adapted(folder: Path, dtype: torch.dtype) -> LanguageModel:
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> LanguageModel:
     from ratoon.generate.translate import Translator
+
     if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
         return _load_adapted(folder, dtype)
     from ratoon.model.folder import is_encoder_decoder, read_encoder_decoder, read_model
