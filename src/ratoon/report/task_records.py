@@ -1,0 +1,372 @@
+"""What is on record of a measured task: evaluation.json and predictions.jsonl, brought into one form for page and table.
+
+Decides which parts an evaluation may have, and which of a floor, a label or a curve comes first. Figures are those that
+`evaluate/` wrote, none is counted anew; what is shown of each record is `task_rows.py`'s.
+
+evaluation.json holds what `TaskReport.as_dict` gives (task, measure, n, values, tables, …) and may hold, each shown
+where it is there:
+
+| key | form |
+|---|---|
+| `without_copies`, `copies_of_training` | the values without rows that also stand in training; how many rows these are |
+| `floors` | [{name, what, values, seconds, n_train, paired}]: `paired` is `Paired.as_dict` of the main figure, ours less it |
+| `robust` | `RobustReport.as_dict`, or {curves: {perturbation: [{strength, value, interval, n, flipped}]}} |
+| `attack` | `AttackReport.as_dict` |
+| `against` | [{model, name, value, other, difference, interval, p_value, n, signature}]: other models, same records |
+| `ledger` | {parts: {train: `TaskLedger.as_dict`, …}}: what ledger.json of a run holds; or the ledger of one part |
+| `methods` | [{name, value, interval, n, trainable_parameters, tokens_per_second, peak_memory_bytes, disk_bytes}] |
+
+and of the measurement itself `model`, `seconds`, `dtype`. Lines of predictions.jsonl are those of `Prediction.as_dict`;
+they may hold `scores` (name -> what the record came to) and `words` (of a tagged sentence).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ratoon.base.errors import ArtifactError
+
+EVALUATION, PREDICTIONS = "evaluation.json", "predictions.jsonl"
+FATES = ("trained", "cut", "split", "dropped", "duplicate", "masked")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure, as `evaluate.metrics.value.Value` has it."""
+
+    name: str
+    value: float | None
+    interval: tuple[float, float] | None = None
+    n: int | None = None
+    unit: str = "record"
+    signature: str = ""
+    higher_is_better: bool = True
+    note: str | None = None
+
+    @classmethod
+    def of(cls, found: dict[str, Any], name: str | None = None) -> Figure:
+        """The figure from plain values; numbers that are not finite become none."""
+        n = found.get("n")
+        return cls(
+            name if name is not None else str(found["name"]),
+            number(found.get("value")),
+            interval(found.get("interval")),
+            n if isinstance(n, int) else None,
+            str(found.get("unit") or "record"),
+            str(found.get("signature") or ""),
+            bool(found.get("higher_is_better", True)),
+            found.get("note"),
+        )
+
+    def better_than(self, other: Figure) -> bool:
+        """Whether this figure is ahead of the other one; False where one has no value, and for equal ones."""
+        if self.value is None or other.value is None:
+            return False
+        return self.value > other.value if self.higher_is_better else self.value < other.value
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the model is before another one, from a paired bootstrap."""
+
+    difference: float | None
+    interval: tuple[float, float] | None
+    p_value: float | None
+    n: int | None = None
+    model: str = ""
+    name: str = ""
+    value: float | None = None
+    other: float | None = None
+    signature: str = ""
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Difference:
+        """The comparison from plain values."""
+        return cls(
+            number(found.get("difference")),
+            interval(found.get("interval")),
+            number(found.get("p_value")),
+            found.get("n"),
+            str(found.get("model") or ""),
+            str(found.get("name") or ""),
+            number(found.get("value")),
+            number(found.get("other")),
+            str(found.get("signature") or ""),
+        )
+
+    @property
+    def certain(self) -> bool | None:
+        """Whether the interval leaves out 0; None where there is none."""
+        return None if self.interval is None else self.interval[0] > 0 or self.interval[1] < 0
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A cheap classic beside the model: its main figure, and what it took."""
+
+    name: str
+    what: str
+    main: Figure
+    values: list[Figure]
+    seconds: float | None
+    paired: Difference | None
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A score at one strength of a perturbation; `flipped`: share of answers that are no longer the same."""
+
+    strength: float
+    value: float | None
+    interval: tuple[float, float] | None
+    n: int | None
+    flipped: float | None
+
+
+@dataclass(frozen=True)
+class RobustCurve:
+    """A score by strength of one perturbation."""
+
+    name: str
+    what: str
+    unit: str
+    keeps_label: bool
+    points: list[CurvePoint]
+    examples: list[dict[str, Any]]
+
+    @property
+    def drop(self) -> float | None:
+        """The first score less the last; None where one is missing."""
+        scores = [one.value for one in self.points]
+        return None if len(scores) < 2 or scores[0] is None or scores[-1] is None else scores[0] - scores[-1]
+
+
+@dataclass(frozen=True)
+class Account:
+    """The ledger of one part: rows and tokens by fate, and the reasons for what was not trained whole."""
+
+    part: str
+    rows: dict[str, int]
+    tokens: dict[str, int]
+    reasons: dict[str, dict[str, Any]]
+    notes: list[str]
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the fates are all that was read, in rows and in tokens."""
+        return all(sum(table.get(fate, 0) for fate in FATES) == table.get("read") for table in (self.rows, self.tokens))
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """One run of several that are laid side by side."""
+
+    name: str
+    score: Figure
+    trainable_parameters: int | None
+    tokens_per_second: float | None
+    peak_memory_bytes: int | None
+    disk_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measured task, everything in one form. `predictions`: the lines of predictions.jsonl; `torn`: lines of it that
+    could not be read."""
+
+    task: str
+    measure: str
+    n: int
+    values: list[Figure]
+    tables: dict[str, Any]
+    facts: dict[str, Any]
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    torn: int = 0
+
+    @classmethod
+    def read(cls, folder: Path) -> Evaluation:
+        """From a folder with evaluation.json and, beside it, predictions.jsonl. Raises `ArtifactError` where the first
+        is missing or no evaluation; without the second there are no predictions."""
+        path = Path(folder) / EVALUATION
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            missing = isinstance(error, FileNotFoundError)
+            raise ArtifactError(
+                "there is no evaluation here" if missing else f"the evaluation cannot be read: {error}",
+                where=path,
+                expected="a folder that `ratoon evaluate` or `ratoon finetune` wrote",
+                fix="measure the model again: ratoon evaluate RUN",
+            ) from None
+        lines: list[dict[str, Any]] = []
+        torn = 0
+        beside = Path(folder) / PREDICTIONS
+        text = beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else ""
+        for line in filter(str.strip, text.split("\n")):
+            try:
+                one = json.loads(line)
+            except ValueError:
+                one = None
+            if isinstance(one, dict):
+                lines.append(one)
+            else:
+                torn += 1
+        return cls.of(found, lines, torn, where=path)
+
+    @classmethod
+    def of(
+        cls, found: Any, predictions: list[dict[str, Any]] | None = None, torn: int = 0, where: Path | None = None
+    ) -> Evaluation:
+        """From what evaluation.json holds. Raises `ArtifactError` where that is no evaluation."""
+        if not isinstance(found, dict) or not isinstance(found.get("values"), list) or "measure" not in found:
+            raise ArtifactError(
+                "this is no evaluation of a task",
+                where=where,
+                expected="an object with task, measure, n and values",
+                fix="measure the model again: ratoon evaluate RUN",
+            )
+        return cls(
+            str(found.get("task", "")),
+            str(found["measure"]),
+            int(found.get("n", 0)),
+            [Figure.of(one) for one in found["values"]],
+            dict(found.get("tables") or {}),
+            found,
+            predictions or [],
+            torn,
+        )
+
+    @property
+    def main(self) -> Figure | None:
+        """The main figure: the first; None for records without answers, of which nothing was measured."""
+        return self.values[0] if self.values else None
+
+    def figure(self, name: str) -> Figure | None:
+        """The figure of that name."""
+        return next((one for one in self.values if one.name == name), None)
+
+    @property
+    def without_copies(self) -> dict[str, Figure]:
+        """By name, the figures without rows that also stand in training; empty where there are no such."""
+        return {one.name: one for one in map(Figure.of, self.facts.get("without_copies") or [])}
+
+    @property
+    def floors(self) -> list[Floor]:
+        """The floors that were measured by the main figure, the best first."""
+        main = self.main
+        found = []
+        for one in self.facts.get("floors") or []:
+            values = [Figure.of(value) for value in one.get("values") or []]
+            same = next((value for value in values if main is not None and value.name == main.name), None)
+            if same is not None:
+                paired = one.get("paired")
+                difference = None if paired is None else Difference.of(paired)
+                seconds = number(one.get("seconds"))
+                found.append(Floor(str(one["name"]), str(one.get("what") or ""), same, values, seconds, difference))
+        worst = -math.inf
+        sign = 1 if main is None or main.higher_is_better else -1
+        return sorted(found, key=lambda one: -(worst if one.main.value is None else sign * one.main.value))
+
+    @property
+    def curves(self) -> list[RobustCurve]:
+        """The curves of robustness that have a point, those that fall most first."""
+        robust = self.facts.get("robust") or {}
+        found = robust.get("curves") or {}
+        listed = (
+            [{"name": name, "points": points} for name, points in found.items()] if isinstance(found, dict) else found
+        )
+        curves = [_curve(one) for one in listed]
+        falling = [one for one in curves if one.points]
+        sign = 1 if self.main is None or self.main.higher_is_better else -1
+        return sorted(falling, key=lambda one: -sign * (one.drop if one.drop is not None else -sign * math.inf))
+
+    @property
+    def against(self) -> list[Difference]:
+        """The comparisons with other models."""
+        return [Difference.of(one) for one in self.facts.get("against") or []]
+
+    @property
+    def accounts(self) -> list[Account]:
+        """The ledgers, by part, of parts that hold a row."""
+        ledger = self.facts.get("ledger") or {}
+        parts = {"train": ledger} if "rows" in ledger else ledger.get("parts") or {}
+        return [
+            Account(name, one["rows"], one["tokens"], one.get("reasons") or {}, one.get("notes") or [])
+            for name, one in parts.items()
+            if one["rows"].get("read")
+        ]
+
+    @property
+    def methods(self) -> list[MethodRun]:
+        """Runs side by side, the best first."""
+        main = self.main
+        higher = main is None or main.higher_is_better
+        found = [
+            MethodRun(
+                str(one["name"]),
+                Figure.of({"higher_is_better": higher, **one}),
+                one.get("trainable_parameters"),
+                number(one.get("tokens_per_second")),
+                one.get("peak_memory_bytes"),
+                one.get("disk_bytes"),
+            )
+            for one in self.facts.get("methods") or []
+        ]
+        sign = 1 if higher else -1
+        return sorted(found, key=lambda one: -math.inf if one.score.value is None else -sign * one.score.value)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def interval(value: Any) -> tuple[float, float] | None:
+    """A pair of finite numbers, or None."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return None
+    low, high = number(value[0]), number(value[1])
+    return None if low is None or high is None else (low, high)
+
+
+def confused_pairs(confusion: dict[str, Any]) -> list[tuple[str, str, int, float]]:
+    """Expected label, answered label, how often, and which share of the expected label's records: the commonest
+    first."""
+    labels, counts = confusion["labels"], confusion["counts"]
+    pairs = [
+        (labels[row], labels[column], count, count / sum(line))
+        for row, line in enumerate(counts)
+        for column, count in enumerate(line)
+        if count and row != column
+    ]
+    return sorted(pairs, key=lambda one: (-one[2], -one[3], one[0], one[1]))
+
+
+def _curve(found: dict[str, Any]) -> RobustCurve:
+    points = []
+    for one in found.get("points") or []:
+        score = one.get("score") or one
+        n = one.get("n")
+        points.append(
+            CurvePoint(
+                float(one["strength"]),
+                number(score.get("value")),
+                interval(score.get("interval")),
+                n if isinstance(n, int) else None,
+                number(one.get("flipped")),
+            )
+        )
+    return RobustCurve(
+        str(found["name"]),
+        str(found.get("what") or ""),
+        str(found.get("unit") or ""),
+        bool(found.get("keeps_label", True)),
+        sorted(points, key=lambda one: one.strength),
+        found.get("examples") or [],
+    )
