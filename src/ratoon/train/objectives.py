@@ -112,7 +112,7 @@ def objective_of(name: str) -> Objective:
     if name == "preference":
         from ratoon.train.preference import preference
 
-        return preference
+        return preference()
     found: dict[str, Objective] = {
         "next_token": next_token,
         "token_label": label,
