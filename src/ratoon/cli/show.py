@@ -39,7 +39,8 @@ def show_records(recipe: TuneRecipe, count: int, *, as_json: bool) -> None:
     found: list[dict[str, Any]] = []
     for example in material.train[:count]:
         shown = [
-            {"token": text, "weight": weight, "target": target} for text, weight, target in show(example, tokenizer)
+            {"token": text, "weight": weight, "target": _named(target, labels)}
+            for text, weight, target in show(example, tokenizer)
         ]
         found.append({"id": example.name, "place": places.get(example.name, ""), "tokens": shown})
     if as_json:
@@ -55,7 +56,8 @@ def show_records(recipe: TuneRecipe, count: int, *, as_json: bool) -> None:
 
 def _named(target: Any, labels: tuple[str, ...]) -> Any:
     """A label's name in place of its number."""
-    return labels[target] if isinstance(target, int) and 0 <= target < len(labels) else target
+    number = int(target) if str(target).isdigit() else -1
+    return labels[number] if 0 <= number < len(labels) else target
 
 
 def _coloured(token: dict[str, Any]) -> str:
