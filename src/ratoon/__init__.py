@@ -24,9 +24,17 @@ def load(name: str, **options: Any) -> LanguageModel:
 
 
 def run(recipe: Any, overrides: dict[str, Any] | None = None, *, resume: bool = False) -> Run:
-    """Train as a recipe (a YAML file, a shipped name, or a table) says; returns the run."""
+    """Train as a recipe (a YAML file, a shipped name, or a table) says, or fine-tune where it has a task; returns the
+    run."""
+    from ratoon.cli.finetune import run_tuning
     from ratoon.cli.pretrain import run_recipe
     from ratoon.recipe import load as load_recipe
+    from ratoon.recipe import read_table
+    from ratoon.recipe.tuning import load_tuning
 
-    finished: Run = run_recipe(load_recipe(recipe, overrides), resume=resume)
+    finished: Run
+    if "task" in read_table(recipe)[0]:
+        finished = run_tuning(load_tuning(recipe, overrides), resume=resume)
+        return finished
+    finished = run_recipe(load_recipe(recipe, overrides), resume=resume)
     return finished

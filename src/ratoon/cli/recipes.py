@@ -26,13 +26,14 @@ def list_(as_json: bool) -> None:
     if as_json:
         answer_json({"recipes": found})
         return
-    rows: list[tuple[str, ...]] = [("name", "language", "text", "starts from", "what")]
+    rows: list[tuple[str, ...]] = [("name", "verb", "language", "learns", "starts from", "what")]
     for one in found:
         text = f"{one['corpus']['name']}, {size_words(one['corpus']['bytes'])}" if one["corpus"] else "your own"
+        text = one["task"] or text
         start = f"{one['init']['name']}, {size_words(one['init']['bytes'])}" if one["init"] else "nothing"
-        rows.append((one["name"], one["language"], text, start, one["what"]))
-    answer("\n".join(aligned(rows, left=4)))
-    talk("`ratoon recipes NAME` shows one, `ratoon pretrain NAME` runs it")
+        rows.append((one["name"], one["verb"], one["language"], text, start, one["what"]))
+    answer("\n".join(aligned(rows, left=5)))
+    talk("`ratoon recipes NAME` shows one, `ratoon pretrain NAME` or `ratoon finetune NAME` runs it")
 
 
 @command.command("show")
@@ -41,14 +42,13 @@ def list_(as_json: bool) -> None:
 def show(name: str, as_json: bool) -> None:
     """Show the recipe NAME: the file on stdout; what it needs, and what it derives, beside it."""
     from ratoon.cli.output import answer, answer_json, size_words, talk
-    from ratoon.recipe import load, settle, shipped
+    from ratoon.recipe import shipped
 
-    plan = settle(load(name))
     path = shipped().get(name)
     found = facts(name)
-    found["derived"] = [{"key": one.key, "value": one.value, "reason": one.reason} for one in plan.derived]
+    resolved, found["derived"] = _resolved(name)
     if as_json:
-        answer_json({**found, "recipe": plan.as_dict()})
+        answer_json({**found, "recipe": resolved})
         return
     answer(_file(name, path).rstrip())
     for one in (found["corpus"], found["init"]):
@@ -56,7 +56,7 @@ def show(name: str, as_json: bool) -> None:
             talk(f"{one['name']}: {one['what']}; {size_words(one['bytes'])}, licence: {one['licence']}")
     for derived in found["derived"]:
         talk(f"derived {derived['key']} = {derived['value']} ({derived['reason']})")
-    talk(f"next: ratoon pretrain {name}")
+    talk(f"next: ratoon {found['verb']} {name}")
 
 
 def _file(name: str, path: Any) -> str:
@@ -67,16 +67,42 @@ def _file(name: str, path: Any) -> str:
 
 def facts(name: str) -> dict[str, Any]:
     """A recipe as plain values: what it is, its language, and what of the catalogue it needs."""
-    from ratoon.recipe import load, shipped
+    from ratoon.recipe import load, read_table, shipped
+    from ratoon.recipe.tuning import load_tuning
 
+    what = _first_comment(_file(name, shipped().get(name)))
+    if "task" in read_table(name)[0]:
+        tuned = load_tuning(name)
+        return {
+            "name": name,
+            "verb": "finetune",
+            "what": what,
+            "language": tuned.language,
+            "task": str(tuned.task.get("kind")),
+            "corpus": None,
+            "init": _catalogued(tuned.model.base),
+        }
     recipe = load(name)
     return {
         "name": name,
-        "what": _first_comment(_file(name, shipped().get(name))),
+        "verb": "pretrain",
+        "what": what,
         "language": recipe.language,
+        "task": None,
         "corpus": _catalogued(recipe.data.corpus),
         "init": _catalogued(recipe.model.init),
     }
+
+
+def _resolved(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The recipe as a run would write it, and what was derived for that."""
+    from ratoon.recipe import load, read_table, settle
+    from ratoon.recipe.tuning import load_tuning, settle_tuning
+
+    if "task" in read_table(name)[0]:
+        return settle_tuning(load_tuning(name)).as_dict(), []  # the rest follows from the rows
+    plan = settle(load(name))
+    return plan.as_dict(), [{"key": one.key, "value": one.value, "reason": one.reason} for one in plan.derived]
 
 
 def _first_comment(text: str) -> str:

@@ -18,8 +18,9 @@ from pydantic.fields import FieldInfo
 
 @click.command()
 @click.argument("key", required=False)
+@click.option("--finetune", is_flag=True, help="The keys of a recipe of fine-tuning, in place of pretraining's.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON schema, for editors.")
-def command(key: str | None, as_json: bool) -> None:
+def command(key: str | None, finetune: bool, as_json: bool) -> None:
     """Print every key of a recipe with its type, its default and what it means; with KEY, that one or those below it.
 
     `ratoon schema --json > recipe.schema.json` gives editors what they need: a recipe that begins with the line
@@ -28,7 +29,7 @@ def command(key: str | None, as_json: bool) -> None:
     from ratoon.base.errors import ConfigError
     from ratoon.cli.output import answer, answer_json
 
-    keys = list(all_keys())
+    keys = list(tuning_keys() if finetune else all_keys())
     if key is not None:
         known = [one.name for one in keys]
         keys = [one for one in keys if one.name == key or one.name.startswith(key + ".")]
@@ -43,7 +44,8 @@ def command(key: str | None, as_json: bool) -> None:
                 fix="`ratoon schema` lists every key",
             )
     if as_json:
-        answer_json(json_schema() if key is None else {"keys": [vars(one) for one in keys]})
+        whole = tuning_schema if finetune else json_schema
+        answer_json(whole() if key is None else {"keys": [vars(one) for one in keys]})
     else:
         answer("\n".join(_listing(keys)))
 
@@ -64,6 +66,71 @@ def all_keys() -> Iterator[Key]:
     from ratoon.recipe import Recipe
 
     yield from _keys(Recipe, "")
+
+
+def tuning_keys() -> Iterator[Key]:
+    """Every key of a recipe of fine-tuning; those of a task or a method say of which kinds they are."""
+    from ratoon.recipe.tuning import TuneRecipe
+    from ratoon.train.settings import TrainSettings
+
+    for name, field in TuneRecipe.model_fields.items():
+        if name in ("task", "method"):
+            yield Key(name, "table", None, field.is_required(), field.description or "")
+            yield Key(f"{name}.kind", ", ".join(_kinds(name)), None, name == "task", "which one")
+            yield from _by_kind(name)
+        elif name == "train":
+            yield Key(name, "table", None, False, field.description or "")
+            yield from _keys(TrainSettings, name)
+        elif (inner := _inner(field.annotation)) is not None:
+            yield Key(name, "table", None, field.is_required(), _first_line(inner))
+            yield from _keys(inner, name)
+        else:
+            yield _key(name, field)
+
+
+def _kinds(table: str) -> dict[str, type[BaseModel]]:
+    """The settings of each task, or of each method, by kind."""
+    from ratoon.adapt.methods import METHODS, settings_of
+    from ratoon.tasks.registry import TASKS, class_of
+
+    if table == "method":
+        return {kind: settings_of(kind) for kind in METHODS}
+    return {kind: class_of(kind).settings_type for kind in TASKS}
+
+
+def _by_kind(table: str) -> Iterator[Key]:
+    found: dict[str, tuple[Key, list[str]]] = {}
+    for kind, settings in _kinds(table).items():
+        for one in _keys(settings, table):
+            if one.name != f"{table}.kind":
+                found.setdefault(one.name, (one, []))[1].append(kind)
+    for one, kinds in found.values():
+        yield Key(one.name, one.type, one.default, False, f"{one.description} [{', '.join(kinds)}]")
+
+
+def tuning_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe of fine-tuning: `task` and `method` are one of their kinds."""
+    from ratoon.recipe.tuning import TuneRecipe
+    from ratoon.train.settings import TrainSettings
+
+    schema: dict[str, Any] = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **TuneRecipe.model_json_schema(),
+    }
+    train = TrainSettings.model_json_schema()
+    train.pop("required", None)
+    schema["properties"]["train"] = train
+    for table in ("task", "method"):
+        choices = []
+        for kind, settings in _kinds(table).items():
+            inner = settings.model_json_schema()
+            schema.setdefault("$defs", {}).update(inner.pop("$defs", {}))
+            inner["properties"] = {**inner.get("properties", {}), "kind": {"const": kind}}
+            inner["required"] = sorted({*inner.get("required", []), "kind"})
+            choices.append(inner)
+        told = schema["properties"][table].get("description")
+        schema["properties"][table] = {"description": told, "oneOf": choices}
+    return schema
 
 
 def _tables() -> dict[str, type[BaseModel]]:
