@@ -107,6 +107,9 @@ def read_material(
         talk(sentence)
     for record in [*parts.validation, *parts.test]:
         task.check(record)
+    for name in ("validation", "test"):
+        for sentence in absent_labels(task, name, parts.of(name)):
+            talk(sentence)
     context = int(recipe.train.get("context_tokens") or 256)
     told: dict[str, Any] = {
         "room_tokens": context - leading,
@@ -123,6 +126,22 @@ def read_material(
             for sentence in booked(one):
                 talk(f"{name}: {sentence}")
     return Material(task, parts, train, validation)
+
+
+def absent_labels(task: Task[Any], name: str, records: list[Any]) -> list[str]:
+    """A sentence where labels of the task stand in no record of a part: nothing can be measured of them."""
+    labels = getattr(task, "labels", ())
+    if not labels or not records:
+        return []
+    found: set[Any] = set()
+    for record in records:
+        expected = task.expected(record)
+        found |= {expected} if isinstance(expected, str) else set(expected)
+    absent = [label for label in labels if label not in found]
+    if not absent:
+        return []
+    shown = ", ".join(absent[:12]) + (" …" if len(absent) > 12 else "")
+    return [f"{name}: nothing is measured of {len(absent):,} of {len(labels):,} labels that no row has: {shown}"]
 
 
 def read_all(recipe: TuneRecipe, task: Task[Any]) -> Parts:
@@ -170,13 +189,16 @@ class _Job(Job):
     def go(self) -> None:
         """Everything, in order."""
         from ratoon.cli.machine import machine
+        from ratoon.tasks.registry import task_of
 
         recipe = self.recipe
         self.state(name=recipe.name, status="running", reason=None, machine=machine(), language=recipe.language)
         method = self._method()
-        lm, parents = self._begin(method)
+        rows = read_all(recipe, task_of(dict(recipe.task)))
+        lm, parents = self._begin(method, rows)
         assert lm.tokenizer is not None
-        material = read_material(recipe, lm.tokenizer, self.talk, leading=method.virtual_tokens)
+        method = self._adapter(lm, method, parents)
+        material = read_material(recipe, lm.tokenizer, self.talk, leading=method.virtual_tokens, rows=rows)
         method.read_text(lm.tokenizer.encode)
         self._install(lm, material.task, method)
         loader, settings = self._loader(material, method)
@@ -196,7 +218,7 @@ class _Job(Job):
 
         return method_of(dict(self.recipe.method))
 
-    def _begin(self, method: Method) -> tuple[LanguageModel, list[Any]]:
+    def _begin(self, method: Method, rows: Parts) -> tuple[LanguageModel, list[Any]]:
         """The model that is trained, with its tokenizer, and what it is made from."""
         from ratoon.cli.export import model_parent
         from ratoon.cli.measure import working_dtype
@@ -207,7 +229,13 @@ class _Job(Job):
         if name is None:
             from ratoon.cli.translate import new_model
 
-            return new_model(self.recipe, self.run, self.talk)
+            if method.kind != "full" and not self.recipe.merge:
+                raise ConfigError(
+                    f"the parts of {method.kind} on an encoder-decoder cannot be saved apart from it",
+                    where="method.kind",
+                    fix="say merge: true, or method.kind: full",
+                )
+            return new_model(self.recipe, self.run, self.talk, rows)
         # A frozen base may be held in the type that training computes with; what is trained or merged may not.
         exact = method.kind == "full" or self.recipe.merge or self.recipe.train.get("precision", "auto") != "auto"
         lm = load(name, dtype="float32" if exact else working_dtype(), device="cpu")
@@ -215,6 +243,33 @@ class _Job(Job):
             raise ArtifactError(f"the model '{name}' has no tokenizer", where="model.base", expected="tokenizer.json")
         lm.virtual_tokens = method.virtual_tokens
         return lm, [model_parent(name, locate(name)), Parent(kind="tokenizer", hash=lm.tokenizer.hash)]
+
+    def _adapter(self, lm: LanguageModel, method: Method, parents: list[Any]) -> Method:
+        """The method that is trained: the recipe's, or that of the adapter which is gone on with, put into the base."""
+        from ratoon.adapt.folder import base_hash, is_adapter, load_adapter
+        from ratoon.cli.export import model_parent
+        from ratoon.generate.lm import locate
+
+        name = self.recipe.model.adapter
+        if name is None:
+            return method
+        folder = locate(name)
+        if not is_adapter(folder):
+            raise ConfigError(f"'{name}' is no adapter", where="model.adapter", fix="name it as model.base")
+        found = load_adapter(lm.model, folder, base_hash=base_hash(locate(str(self.recipe.model.base))), talk=self.talk)
+        own = found.settings.model_dump(mode="json")
+        asked = method.settings.model_dump(mode="json")
+        for key in ("kind", *self.recipe.method):
+            if (value := asked[key]) != own.get(key):
+                raise ConfigError(
+                    f"method.{key} is {value!r}, but the adapter was made with {own.get(key)!r}",
+                    where="method",
+                    expected=f"method.kind: {found.kind}; its other settings are the adapter's",
+                )
+        lm.virtual_tokens = found.virtual_tokens
+        parents.append(model_parent(name, folder).model_copy(update={"kind": "adapter"}))
+        self.talk(f"going on with the adapter '{name}' ({found.kind})")
+        return found
 
     def _install(self, lm: LanguageModel, task: Task[Any], method: Method) -> None:
         """Let the model read as the recipe says, put the task's head on, and install the method."""
@@ -239,7 +294,8 @@ class _Job(Job):
                 if lm.model.cfg.task_head is not None:
                     self.talk("the base has a head for another task: a new one takes its place")
                 add_head(lm.model, wanted, self.recipe.seed)
-        method.install(lm.model, seed=self.recipe.seed)
+        if self.recipe.model.adapter is None:
+            method.install(lm.model, seed=self.recipe.seed)
 
     # -- data ------------------------------------------------------------------------------------------------------
 

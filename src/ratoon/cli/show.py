@@ -12,6 +12,9 @@ import click
 if TYPE_CHECKING:
     from ratoon.recipe.tuning import TuneRecipe
 
+PARTS = {"source": ", what the encoder reads", "text": "", "beside": ", the rejected answer"}
+"""Parts of an example in the order in which they are printed, and how each is called."""
+
 
 def show_records(recipe: TuneRecipe, count: int, *, as_json: bool) -> None:
     """Print the first `count` training records as tokens: plain what is read, green what is learned, with targets."""
@@ -19,7 +22,7 @@ def show_records(recipe: TuneRecipe, count: int, *, as_json: bool) -> None:
     from ratoon.cli.finetune import read_material
     from ratoon.cli.output import answer, answer_json, talk
     from ratoon.cli.tokenizer import tokenizer_of
-    from ratoon.tasks.show import show
+    from ratoon.tasks.show import show_parts
 
     method = method_of(dict(recipe.method))
     name = recipe.model.base or recipe.model.tokenizer
@@ -35,33 +38,30 @@ def show_records(recipe: TuneRecipe, count: int, *, as_json: bool) -> None:
     material = read_material(recipe, tokenizer, talk, leading=method.virtual_tokens)
     places = {record.id: record.place for record in material.parts.train}
     head = material.task.head()
-    labels = () if head is None or head.kind == "span" else head.labels
+    labels = () if head is None or head.problem == "number" else head.labels
     found: list[dict[str, Any]] = []
     for example in material.train[:count]:
-        shown = [
-            {"token": text, "weight": weight, "target": _named(target, labels)}
-            for text, weight, target in show(example, tokenizer)
-        ]
-        found.append({"id": example.name, "place": places.get(example.name, ""), "tokens": shown})
+        shown = {
+            part: [token._asdict() for token in tokens]
+            for part, tokens in show_parts(example, tokenizer, labels).items()
+        }
+        found.append({"id": example.name, "place": places.get(example.name, ""), **shown})
     if as_json:
         answer_json({"examples": found})
         return
     for one in found:
-        learned = sum(1 for token in one["tokens"] if token["weight"] > 0)
-        answer(click.style(f"{one['place']}  {len(one['tokens'])} tokens, {learned} learned", bold=True))
-        answer("".join(_coloured(token) for token in one["tokens"]))
-        answer("")
+        for part, words in PARTS.items():
+            if part in one:
+                tokens = one[part]
+                learned = sum(1 for token in tokens if token["weight"] > 0)
+                answer(click.style(f"{one['place']}{words}  {len(tokens)} tokens, {learned} learned", bold=True))
+                answer("".join(_coloured(token) for token in tokens))
+                answer("")
     talk("plain: only read; green: learned; [label] behind a token: what is asked there")
 
 
-def _named(target: Any, labels: tuple[str, ...]) -> Any:
-    """A label's name in place of its number."""
-    number = int(target) if str(target).isdigit() else -1
-    return labels[number] if 0 <= number < len(labels) else target
-
-
 def _coloured(token: dict[str, Any]) -> str:
-    text = token["token"]
+    text = token["text"]
     if token["weight"] <= 0:
         return str(text)
     mark = "" if token["target"] is None else click.style(f"[{token['target']}]", fg="cyan")

@@ -17,6 +17,7 @@ from ratoon.base.errors import ConfigError
 from ratoon.base.settings import Settings, build, merge
 from ratoon.data.records import RecordSettings
 from ratoon.recipe.pretraining import Derived, Table, read_table
+from ratoon.tasks.registry import class_of
 from ratoon.train.settings import NoiseSettings, TrainSettings
 
 EXAMPLES_A_STEP = 32
@@ -84,6 +85,12 @@ class TuneRecipe(Settings):
     track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         (), description="trackers beside metrics.jsonl"
     )
+
+    @model_validator(mode="after")
+    def _fits(self) -> TuneRecipe:
+        if self.noise.on_embeddings and self.model.architecture == "encoder-decoder":
+            raise ValueError("noise on embeddings is for models that read one text: an encoder-decoder has two inputs")
+        return self
 
 
 @dataclass(frozen=True)
@@ -158,9 +165,37 @@ def load_tuning(
             expected="a table `task` with its `kind`",
             fix="ratoon pretrain runs it; `ratoon recipes` lists those with a task",
         )
+    merged = _with_sources(merged, where)
     found = build(TuneRecipe, merged, where=where)
     found._where = where
     return found
+
+
+def _with_sources(table: dict[str, Any], where: str) -> dict[str, Any]:
+    """The table with `task.as_source` as the architecture has it: an encoder reads sources apart, any other model reads
+    them before the answer."""
+    task, model = table["task"], table.get("model")
+    if not isinstance(task, dict) or not isinstance(model, dict) or "kind" not in task:
+        return table  # what is wrong, the settings say themselves
+    new = model.get("architecture") == "encoder-decoder"
+    kind = class_of(task["kind"])
+    if "as_source" not in kind.settings_type.model_fields:
+        if new:
+            raise ConfigError(
+                f"an encoder-decoder writes a text for a source, and the task {kind.kind} has no such answer",
+                where=where,
+                expected="translation, summarization or question-answering",
+                fix="give model.base, or another task.kind",
+            )
+        return table
+    if task.get("as_source", new) != new:
+        raise ConfigError(
+            "the encoder of an encoder-decoder reads the source" if new else "a base has no encoder to read a source",
+            where=where,
+            expected=f"task.as_source: {str(new).lower()}",
+            fix="leave task.as_source out: it follows model.architecture",
+        )
+    return merge(table, {"task.as_source": True}) if new else table
 
 
 def settle_tuning(recipe: TuneRecipe) -> TunePlan:

@@ -34,8 +34,13 @@ from ratoon.text.tokenizer import Tokenizer
 
 
 class PreferenceSettings(TaskSettings):
-    """How pairs are rendered."""
+    """How pairs are rendered, and what is learned of them."""
 
+    beta: float = Field(0.1, gt=0, description="how strongly the model is held to the one it began as")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of pairs that may be the wrong way round; with loss: sigmoid"
+    )
+    loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="sigmoid: DPO; ipo: its squared form")
     tools: Literal["template", "text"] = Field(
         "template", description="tools and calls: as the model's template shows them, or written into the messages"
     )
