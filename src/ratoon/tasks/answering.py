@@ -80,7 +80,9 @@ class FreeAnswers(Answered):
 class ExtractiveSettings(TaskSettings):
     """How answers are found, and texts read."""
 
-    overlap_tokens: int = Field(64, ge=0, description="tokens that a window shares with the one before it")
+    overlap_tokens: int = Field(
+        64, ge=0, description="tokens that a window shares with the one before it; half of the window at most"
+    )
     unanswerable: bool = Field(False, description="questions may have no answer in the text")
     absent_answer: Literal["refuse", "no-answer"] = Field(
         "refuse",
@@ -209,8 +211,8 @@ class Extractive(Task[Searched]):
         if policy == "refuse":
             raise too_long(record.place, whole, room_tokens)
         room = room_tokens - len(asked) - 1
-        overlap = self.settings.overlap_tokens
-        if room <= (overlap if policy == "split" else 0):
+        overlap = min(self.settings.overlap_tokens, room // 2)
+        if room < 1:
             return [], whole, whole, "too long: the question leaves no room for the text"
         if policy != "split":
             first = len(ids) - room if policy == "cut-left" else 0
