@@ -49,6 +49,7 @@ OURS: dict[str, Table] = {
     "dora": {"kind": "lora", "rank": 3, "decomposed": True},
     "dora-some": {"kind": "lora", "rank": 3, "decomposed": True, "targets": ("k", "up")},
     "adalora": {"kind": "adalora", "initial_rank": 4, "rank": 2},
+    "adalora-some": {"kind": "adalora", "initial_rank": 4, "rank": 2, "targets": ("q", "v")},
     "ia3": {"kind": "ia3"},
     "ia3-some": {"kind": "ia3", "targets": ("k", "down"), "layers": (1,)},
 }

@@ -123,13 +123,18 @@ def test_chinese_has_shingles_of_three() -> None:
 
 
 def test_an_alphabet_too_large_for_a_product() -> None:
-    """n-grams of five over 8,815 different characters: their numbers must be told apart all the same."""
-    blocks = ((0x12000, 0x12400), (0x13000, 0x13430), (0x14400, 0x14647), (0x17000, 0x187F8))
-    many = "".join(chr(code) for low, high in blocks for code in range(low, high))
-    found = find_leaks({"train": keyed("train", many), "test": keyed("test", many[:-1000])})
-    assert found.shingle == 5 and len(set(many)) ** 5 > 2**63
+    """8,192 characters: the product of five of them, 2^65, would take the first and the 4,097th for the same."""
+    blocks = ((0x12000, 0x12380), (0x13000, 0x13430), (0x14400, 0x14640), (0x17000, 0x187F0))
+    letters = [chr(code) for low, high in blocks for code in range(low, high)][:8192]
+    assert len(letters) == 8192 and all(normalise(letter) == letter for letter in letters)
+    tail = letters[5] + letters[50] + letters[500] + letters[5000]
+    whole = "".join(letters)
+    found = find_leaks(
+        {"train": keyed("train", letters[0] + tail, whole), "test": keyed("test", letters[4096] + tail, whole[:-1000])}
+    )
+    assert found.shingle == 5
     (copy,) = found.copies("test", "train")
-    assert copy.similarity == jaccard(many, many[:-1000], 5)
+    assert copy.row == 1 and copy.similarity == jaccard(whole, whole[:-1000], 5)
 
 
 def test_texts_from_one_mould_keep_the_best_partner_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +146,19 @@ def test_texts_from_one_mould_keep_the_best_partner_of_each(monkeypatch: pytest.
     assert len(copies) == 60 and len(found.near_texts["test", "train"][0]) <= 120
     for copy in copies:
         assert copy.similarity == max(jaccard(test[copy.row], one, 5) for one in train)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10**6])
+def test_of_many_near_partners_the_best_is_named(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "_CHUNK", chunk)
+    text = "each of these is the beginning of one and the same long sentence, cut at another of its letters."
+    train, test = ([text[:size] for size in range(low, 96, 6)] for low in (50, 53))
+    found = find_leaks({"train": keyed("train", *train), "test": keyed("test", *test)}, near=0.7)
+    copies = found.copies("test", "train") + found.copies("train", "test")
+    best = [
+        max(jaccard(one, other, 5) for other in there) for mine, there in ((test, train), (train, test)) for one in mine
+    ]
+    assert [copy.similarity for copy in copies] == best and len({round(one, 3) for one in best}) > 5
 
 
 @pytest.mark.parametrize("near", [0.0, -1.0, 1.5])

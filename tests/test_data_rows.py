@@ -366,6 +366,7 @@ def test_the_layout_of_most_rows_is_taken_and_the_others_are_told() -> None:
     alpaca = LAYOUTS["alpaca"][0]
     found = recognise(made({"text": "odd"}, alpaca, alpaca, {"instruction": "no output"}))
     assert found.name == "alpaca" and "2 of 4 rows look different, the first at a.jsonl:1" in found.sentence
+    assert recognise(made({"text": "odd"}, alpaca)).name == "alpaca"  # as many: the more telling one
 
 
 def test_what_no_layout_knows_is_refused_or_announced() -> None:

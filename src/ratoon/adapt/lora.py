@@ -163,7 +163,7 @@ class DoraLinear(LoraLinear):
     @torch.no_grad()
     def _length(self) -> Tensor:
         """‖W + s B A‖ of each row without that matrix: ‖w‖² + 2 s w Aᵀ b + s² bᵀ A Aᵀ b."""
-        down, up = (one.detach() for one in self.factors())
+        down, up = self.factors()
         down_RI, up_OR = down.float(), up.float()
         crossed_OR = (self.base.weight @ down.to(self.base.weight.dtype).t()).float()
         inner_OR = 2 * crossed_OR + up_OR @ (down_RI @ down_RI.t())

@@ -315,7 +315,8 @@ class _Job(Job):
             )
 
         loader = make(self.world.size)
-        settings, self.derived = self.plan.train_settings(rows_an_epoch=len(loader), examples=len(material.train))
+        learned = max(len(material.train), len(material.parts.train))  # neighbours may share an example
+        settings, self.derived = self.plan.train_settings(rows_an_epoch=len(loader), examples=learned)
         loader.rows = settings.rows
         return loader, settings
 
@@ -466,7 +467,11 @@ class _Job(Job):
             "chat": lm.facts.get("chat", True) if material.task.kind != "dialogue" else True,
             "step": step,
             "method": method.kind,
-            "data": {"too_long": self.recipe.data.too_long, "language": self.recipe.language},
+            "data": {
+                "too_long": self.recipe.data.too_long,
+                "language": self.recipe.language,
+                "row_tokens": settings.context_tokens,
+            },
         }
         manifest = self._write(lm, method, parents, facts)
         self.state(status="done", step=step, steps=result.steps, tokens=result.tokens, model_hash=manifest.hash,

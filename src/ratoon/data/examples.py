@@ -103,6 +103,35 @@ class ExampleLoader:
         return self._orders[epoch]
 
 
+def joined(
+    examples: Sequence[Example], behind: Sequence[bool], room_tokens: int
+) -> tuple[list[Example], list[list[int]]]:
+    """Labelled examples with their neighbours in one document, as far as a row has room, and the numbers of those that
+    each holds. `behind[i]`: example i stands right behind example i - 1 and is read with it."""
+    groups: list[list[int]] = []
+    room = 0
+    for number, example in enumerate(examples):
+        fits = example.places <= room and example.targets is not None and example.beside is None
+        if groups and behind[number] and fits:
+            groups[-1].append(number)
+            room -= example.places
+        else:
+            groups.append([number])
+            room = room_tokens - example.places
+    return [_one([examples[number] for number in group]) for group in groups], groups
+
+
+def _one(members: Sequence[Example]) -> Example:
+    if len(members) == 1:
+        return members[0]
+    return Example(
+        [id for one in members for id in one.ids],
+        [weight for one in members for weight in one.weight],
+        f"{members[0].name} to {members[-1].name}",
+        targets=[target for one in members for target in one.targets or ()],
+    )
+
+
 def in_order(
     examples: Sequence[Example], *, context_tokens: int, rows: int, leading: int = 0
 ) -> Iterator[tuple[Batch, list[list[int]]]]:

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from ratoon.base.errors import ConfigError, DataError
 from ratoon.base.seeds import stream
 from ratoon.base.settings import Settings
+from ratoon.data.examples import joined
 from ratoon.data.layouts import announced
 from ratoon.data.leaks import Keyed, Leaks, find_leaks
 from ratoon.data.ledger import Ledger
@@ -275,6 +276,8 @@ def encode_records(
     Raises `DataError` as the task does, with file and line; under `on_bad_row: skip` such rows are booked instead.
     """
     examples: list[Example] = []
+    behind: list[bool] = []
+    before: Any = None
     for record in records:
         try:
             found = task.encode(record, tokenizer, room_tokens=room_tokens, too_long=too_long)
@@ -299,9 +302,12 @@ def encode_records(
             repeated=found.repeated_tokens,
             reason=found.reason or (None if learned else "nothing to learn"),
         )
+        behind += [before is not None and len(found.examples) == 1 and task.together(before, record)]
+        behind += [False] * (len(found.examples) - 1)
         examples += found.examples
+        before = record if len(found.examples) == 1 else None
     ledger.check()
-    return examples
+    return joined(examples, behind, room_tokens)[0] if any(behind) else examples
 
 
 def _learned(example: Example) -> int:

@@ -6,6 +6,7 @@ measures belong to a task. The measures are `metrics/`'s, what a record is the t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from ratoon.base.errors import ArtifactError, ConfigError, DataError
 from ratoon.data.batch import Batch
-from ratoon.data.examples import in_order
+from ratoon.data.examples import in_order, joined
 from ratoon.evaluate.metrics.value import Measured
 from ratoon.generate.lm import LanguageModel
 from ratoon.generate.sample import Sampling
@@ -24,6 +25,8 @@ from ratoon.tasks.contract import Encoded, Task, TooLong
 from ratoon.tasks.example import Example
 
 Progress = Callable[[int, int], None]
+READ_TOKENS = 256
+"""Sentences of a document that are read together, where the model does not say what it learned with."""
 ROW_TOKENS = 4096
 """Places of the rows that are read at once: many short records share them."""
 
@@ -185,7 +188,7 @@ def _by_head(
             raise DataError(f"the record cannot be put to the model: {found.reason}", where=record.place)
         examples += found.examples
         owner += [number] * len(found.examples)
-    scores = head_scores(lm, examples, asked=wanted.kind == "span", progress=progress)
+    scores = _joined_scores(lm, task, records, examples, owner, wanted.kind, progress)
     by_record: list[list[Any]] = [[] for _ in records]
     for number, found_scores in zip(owner, scores, strict=True):
         by_record[number].append(found_scores)
@@ -199,6 +202,40 @@ def _by_head(
         else:
             predictions.append(Prediction(record, task.read_scores(record, list(zip(places_of, parts, strict=True)))))
     return predictions
+
+
+def _joined_scores(
+    lm: LanguageModel,
+    task: Task[Any],
+    records: Sequence[Any],
+    examples: list[Example],
+    owner: list[int],
+    kind: str,
+    progress: Progress | None,
+) -> list[npt.NDArray[np.float32]]:
+    """The scores of each example; those that stand together in a document are read together, as in training."""
+    pieces = Counter(owner)
+    behind = (
+        [
+            at > 0
+            and owner[at - 1] == number - 1
+            and pieces[number] == pieces[number - 1] == 1
+            and task.together(records[number - 1], records[number])
+            for at, number in enumerate(owner)
+        ]
+        if kind == "token"
+        else []
+    )
+    if not any(behind):
+        return head_scores(lm, examples, asked=kind == "span", progress=progress)
+    # As many tokens together as training's rows have: more would be another context than was learned.
+    room = int(lm.facts.get("data", {}).get("row_tokens", READ_TOKENS))
+    whole, groups = joined(examples, behind, min(room, lm.context_tokens) - lm.virtual_tokens)
+    found: list[npt.NDArray[np.float32]] = []
+    for scores, group in zip(head_scores(lm, whole, progress=progress), groups, strict=True):
+        counts = [sum(weight > 0 for weight in examples[number].weight) for number in group]
+        found += np.split(scores, np.cumsum(counts)[:-1])
+    return found
 
 
 def _probabilities(scores_K: npt.NDArray[np.float32], problem: str) -> tuple[float, ...] | None:

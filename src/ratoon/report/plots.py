@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,29 +108,42 @@ def number_label(value: float, _: int | None = None) -> str:
 
 def draw(curves: Sequence[Curve], frame: Frame, *, key: str) -> str:
     """The curves as an `<svg>` element for a page: no size of its own, no outside reference; ids begin with `key`."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
-    look: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "ratoon", "font.size": 12, "path.simplify": False}
-    with matplotlib.rc_context(look):
-        figure = Figure(figsize=(frame.width / 72, frame.height / 72), facecolor="none")
-        FigureCanvasSVG(figure)
-        left, right, bottom, top = 50, 12, 26, 12
-        axes = figure.add_axes(
-            (
-                left / frame.width,
-                bottom / frame.height,
-                1 - (left + right) / frame.width,
-                1 - (bottom + top) / frame.height,
-            )
-        )
+    def paint(axes: Any) -> None:
         _axes(axes, frame)
         for curve in curves:
             _curve(axes, curve)
         _limits(axes, curves, frame)
         if frame.mark is not None:
             _mark(axes, frame)
+
+    return picture(frame.width, frame.height, paint, key=key)
+
+
+def picture(
+    width: int,
+    height: int,
+    paint: Callable[[Any], None],
+    *,
+    key: str,
+    room: tuple[float, float, float, float] = (50, 12, 26, 12),
+) -> str:
+    """What `paint` draws on matplotlib's axes as an `<svg>` element for a page; `room`: left, right, below and above
+    the axes, in units of the view box as width and height are."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    look: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "ratoon", "font.size": 12, "path.simplify": False}
+    with matplotlib.rc_context(look):
+        figure = Figure(figsize=(width / 72, height / 72), facecolor="none")
+        FigureCanvasSVG(figure)
+        left, right, bottom, top = room
+        paint(
+            figure.add_axes(
+                (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height),
+            )
+        )
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
     return _for_page(buffer.getvalue(), key)

@@ -1,4 +1,4 @@
-"""What is on record of a measured task: evaluation.json and predictions.jsonl, brought into one form for page and table.
+"""What is on record of a measured task: evaluation.json and predictions.jsonl in one form, for page and table.
 
 Decides which parts an evaluation may have, and which of a floor, a label or a curve comes first. Figures are those that
 `evaluate/` wrote, none is counted anew; what is shown of each record is `task_rows.py`'s.
@@ -8,8 +8,8 @@ where it is there:
 
 | key | form |
 |---|---|
-| `without_copies`, `copies_of_training` | the values without rows that also stand in training; how many rows these are |
-| `floors` | [{name, what, values, seconds, n_train, paired}]: `paired` is `Paired.as_dict` of the main figure, ours less it |
+| `without_copies`, `copies_of_training` | the values without rows that stand in training, too; how many these are |
+| `floors` | [{name, what, values, seconds, paired}]; `paired`: `Paired.as_dict` of the main figure, ours less it |
 | `robust` | `RobustReport.as_dict`, or {curves: {perturbation: [{strength, value, interval, n, flipped}]}} |
 | `attack` | `AttackReport.as_dict` |
 | `against` | [{model, name, value, other, difference, interval, p_value, n, signature}]: other models, same records |
@@ -62,11 +62,10 @@ class Figure:
             found.get("note"),
         )
 
-    def better_than(self, other: Figure) -> bool:
-        """Whether this figure is ahead of the other one; False where one has no value, and for equal ones."""
-        if self.value is None or other.value is None:
-            return False
-        return self.value > other.value if self.higher_is_better else self.value < other.value
+    @property
+    def rank(self) -> float:
+        """Ascending from the best; what has no value comes last."""
+        return math.inf if self.value is None else -self.value if self.higher_is_better else self.value
 
 
 @dataclass(frozen=True)
@@ -267,9 +266,7 @@ class Evaluation:
                 difference = None if paired is None else Difference.of(paired)
                 seconds = number(one.get("seconds"))
                 found.append(Floor(str(one["name"]), str(one.get("what") or ""), same, values, seconds, difference))
-        worst = -math.inf
-        sign = 1 if main is None or main.higher_is_better else -1
-        return sorted(found, key=lambda one: -(worst if one.main.value is None else sign * one.main.value))
+        return sorted(found, key=lambda one: one.main.rank)
 
     @property
     def curves(self) -> list[RobustCurve]:
@@ -280,9 +277,9 @@ class Evaluation:
             [{"name": name, "points": points} for name, points in found.items()] if isinstance(found, dict) else found
         )
         curves = [_curve(one) for one in listed]
-        falling = [one for one in curves if one.points]
         sign = 1 if self.main is None or self.main.higher_is_better else -1
-        return sorted(falling, key=lambda one: -sign * (one.drop if one.drop is not None else -sign * math.inf))
+        falls = [(math.inf if one.drop is None else -sign * one.drop, one) for one in curves if one.points]
+        return [one for _, one in sorted(falls, key=lambda pair: pair[0])]
 
     @property
     def against(self) -> list[Difference]:
@@ -316,8 +313,7 @@ class Evaluation:
             )
             for one in self.facts.get("methods") or []
         ]
-        sign = 1 if higher else -1
-        return sorted(found, key=lambda one: -math.inf if one.score.value is None else -sign * one.score.value)
+        return sorted(found, key=lambda one: one.score.rank)
 
 
 def number(value: Any) -> float | None:

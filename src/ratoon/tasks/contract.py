@@ -149,6 +149,11 @@ class Task(ABC, Generic[R]):
         learned.
         """
 
+    def together(self, before: R, record: R) -> bool:
+        """Whether `record` stands right behind `before` in one document and is read with it: then each is context of
+        the other, in training and in answering."""
+        return False
+
     # -- with a head -----------------------------------------------------------------------------------------------
 
     def head(self) -> Head | None:

@@ -28,6 +28,9 @@ class TaggingSettings(TaskSettings):
     labels: tuple[str, ...] = Field((), description="the tags, in their order; absent: those of the training rows")
     scheme: Literal["as-is", "iob2"] = Field("iob2", description="iob2: tags of an entity's first word become B-")
     join: str = Field(" ", description="what stands between words: a space, or nothing (Chinese characters)")
+    context: Literal["sentence", "document"] = Field(
+        "sentence", description="document: neighbouring sentences of a document are read together, as far as a row goes"
+    )
     learn: Literal["last", "first"] = Field("last", description="which token of a word its tag is asked at")
 
 
@@ -37,6 +40,7 @@ class Sentence(Record):
 
     words: tuple[str, ...]
     tags: tuple[str, ...]
+    document: str = ""
 
 
 class Tagging(Task[Sentence]):
@@ -60,7 +64,12 @@ class Tagging(Task[Sentence]):
             raise DataError(f"{len(words)} words have {len(tags)} tags", where=place, expected="one tag for each word")
         if self.settings.scheme == "iob2":
             tags = iob2(tags)
-        return Sentence(str(row.get("id", place)), place, tuple(words), tuple(tags))
+        return Sentence(str(row.get("id", place)), place, tuple(words), tuple(tags), str(row.get("document", "")))
+
+    def together(self, before: Sentence, record: Sentence) -> bool:
+        """Sentences of one document of one file, where the settings ask for it."""
+        same = before.document == record.document and before.place.rpartition(":")[0] == record.place.rpartition(":")[0]
+        return self.settings.context == "document" and record.document != "" and same
 
     def settle(self, training: Sequence[Sentence]) -> list[str]:
         """Take the tags of the training records, O first."""
@@ -97,7 +106,7 @@ class Tagging(Task[Sentence]):
             raise DataError(
                 f"the changed text has {len(words)} words", where=record.place, expected=f"{len(record.words)}"
             )
-        return Sentence(record.id, record.place, words, record.tags)
+        return Sentence(record.id, record.place, words, record.tags, record.document)
 
     def expected(self, record: Sentence) -> tuple[str, ...]:
         """The tags."""

@@ -1,0 +1,155 @@
+"""The pictures of a measured task: calibration, score by strength, numbers against numbers, runs side by side.
+
+Decides what each picture shows and how large it is. How SVG becomes part of a page is `plots.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ratoon.report.plots import INKS, Floats, number_label, picture
+from ratoon.report.task_records import CurvePoint, MethodRun
+
+SQUARE = (420, 350)
+SMALL = (300, 170)
+MOST_DOTS = 1500
+"""Dots of the picture of numbers; of more records an even choice is drawn."""
+TRAIN, HELD, SOFT, FAINT, PAPER = (INKS[name] for name in ("train", "held-out", "ink-soft", "faint", "paper"))
+
+
+def calibration(bins: Sequence[dict[str, Any]]) -> str:
+    """Accuracy by confidence, a point for each bin that holds a record (its area grows with the number of records),
+    and the diagonal on which they would lie if the model were as right as it is sure."""
+    held = [one for one in bins if one["n"]]
+    sizes = np.sqrt(np.array([one["n"] for one in held], dtype=np.float64))
+    x, y = (np.array([one[key] for one in held], dtype=np.float64) for key in ("confidence", "accuracy"))
+
+    def paint(axes: Any) -> None:
+        _plain(axes)
+        axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1.0, dashes=(4, 4), zorder=1)
+        for low, high in zip(x, y, strict=True):
+            axes.plot([low, low], [low, high], color=HELD, linewidth=2.2, alpha=0.5, zorder=2, solid_capstyle="butt")
+        axes.plot(x, y, color=TRAIN, linewidth=1.6, zorder=3, clip_on=False)
+        axes.scatter(
+            x, y, s=18 + 200 * (sizes / sizes.max()) ** 2, color=TRAIN, edgecolors=PAPER, zorder=4, clip_on=False
+        )
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+
+    return picture(*SQUARE, paint, key="calibration", room=(38, 16, 26, 16))
+
+
+def numbers(expected: Floats, answered: Floats) -> str:
+    """Answered by expected numbers, a dot for each record, and the line on which both are equal."""
+    step = max(1, -(-len(expected) // MOST_DOTS))
+    x, y = expected[::step], answered[::step]
+    low = float(min(expected.min(), answered.min()))
+    high = float(max(expected.max(), answered.max()))
+    room = 0.04 * (high - low) or 1.0
+
+    def paint(axes: Any) -> None:
+        _plain(axes)
+        axes.plot([low, high], [low, high], color=SOFT, linewidth=1.0, dashes=(4, 4), zorder=1)
+        axes.scatter(x, y, s=20, color=TRAIN, alpha=0.35, linewidths=0, zorder=3)
+        axes.set_xlim(low - room, high + room)
+        axes.set_ylim(low - room, high + room)
+
+    return picture(*SQUARE, paint, key="numbers", room=(44, 16, 26, 16))
+
+
+def limits(points: Sequence[CurvePoint]) -> tuple[float, float]:
+    """The lowest and highest place that points with their intervals take up."""
+    places = [end for one in points for end in (one.value, *(one.interval or ())) if end is not None]
+    low, high = min(places, default=0.0), max(places, default=1.0)
+    room = 0.05 * (high - low) or abs(high) * 0.05 or 0.05
+    return low - room, high + room
+
+
+def strength(points: Sequence[CurvePoint], between: tuple[float, float], key: str) -> str:
+    """The score of one perturbation by its strength, its interval as a band; `between`: the y axis, the same for all
+    perturbations of a page. `key` is the beginning of the picture's ids."""
+    there = [one for one in points if one.value is not None]
+    x = np.array([one.strength for one in there], dtype=np.float64)
+    y = np.array([one.value for one in there], dtype=np.float64)
+
+    def paint(axes: Any) -> None:
+        _plain(axes, wide=SMALL[0])
+        if len(y):
+            axes.axhline(y[0], color=SOFT, linewidth=1.0, dashes=(4, 4), zorder=1)
+        banded = [one for one in there if one.interval is not None]
+        if len(banded) > 1:
+            lows, highs = zip(*(one.interval for one in banded if one.interval is not None), strict=True)
+            axes.fill_between([one.strength for one in banded], lows, highs, color=TRAIN, alpha=0.16, linewidth=0)
+        axes.plot(x, y, color=TRAIN, linewidth=2.0, zorder=3, clip_on=False)
+        axes.plot(
+            x, y, "o", color=TRAIN, markersize=6, markeredgecolor=PAPER, markeredgewidth=1.2, zorder=4, clip_on=False
+        )
+        axes.set_xlim(0, max(float(x.max(initial=0.0)), 0.05))
+        axes.set_ylim(*between)
+
+    return picture(*SMALL, paint, key=key, room=(42, 14, 24, 10))
+
+
+def methods(runs: Sequence[MethodRun], *, wide: bool) -> str:
+    """Score with its interval of each run, the best above; beside it, in the wide form, the trained parameters on a
+    logarithmic axis."""
+    drawn = [one for one in runs if one.score.value is not None]
+    left, line = (150, 27) if wide else (112, 27)
+    width = 1000 if wide else 345
+    height = 40 + line * len(drawn)
+    counted = wide and all(one.trainable_parameters for one in drawn)
+    names = [one.name if len(one.name) < 22 else one.name[:20] + "…" for one in drawn]
+    rows = list(range(len(drawn)))[::-1]
+
+    def paint(axes: Any) -> None:
+        _plain(axes, wide=width // 2 if counted else width)
+        if counted:
+            x, y, wide_axes, high = axes.get_position().bounds
+            axes.set_position((x, y, wide_axes * 0.62, high))
+            beside = axes.figure.add_axes((x + wide_axes * 0.69, y, wide_axes * 0.31, high))
+            _plain(beside, wide=width // 3)
+            beside.set_xscale("log")
+            _parameters(beside, drawn, rows)
+        for row, one in zip(rows, drawn, strict=True):
+            if one.score.interval is not None:
+                axes.plot(one.score.interval, [row, row], color=TRAIN, linewidth=5, alpha=0.28, solid_capstyle="round")
+            axes.plot([one.score.value], [row], "o", color=TRAIN, markersize=8, markeredgecolor=PAPER, clip_on=False)
+        axes.set_yticks(rows, names, parse_math=False)
+        axes.tick_params(axis="y", labelcolor=INKS["ink-soft"])
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x", color=FAINT, linewidth=0.8)
+        axes.set_ylim(-0.6, len(drawn) - 0.4)
+
+    return picture(width, height, paint, key=f"methods-{'wide' if wide else 'narrow'}", room=(left, 18, 26, 6))
+
+
+def _parameters(axes: Any, drawn: Sequence[MethodRun], rows: Sequence[int]) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    counts = [float(one.trainable_parameters or 1) for one in drawn]
+    axes.hlines(rows, min(counts) / 2, counts, color=FAINT, linewidth=2)
+    axes.plot(counts, rows, "o", color=HELD, markersize=8, markeredgecolor=PAPER, clip_on=False)
+    axes.xaxis.set_major_formatter(FuncFormatter(number_label))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks([])
+    axes.set_xlim(min(counts) / 2, max(counts) * 2)
+    axes.set_ylim(-0.6, len(drawn) - 0.4)
+
+
+def _plain(axes: Any, wide: int = SQUARE[0]) -> None:
+    """The look of all pictures: a ground line, faint levels, few ticks without marks."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_facecolor("none")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, which="both", pad=6, labelcolor=SOFT)
+    for axis, ticks in ((axes.xaxis, max(3, wide // 80)), (axes.yaxis, 5)):
+        axis.set_major_locator(MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_major_formatter(FuncFormatter(number_label))
