@@ -195,7 +195,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # Not in place: adversarial noise goes through one graph twice. On a CPU it is free to see that nothing is scaled.
+        # Not in place: adversarial noise goes through one graph twice. On a CPU it costs nothing to see a factor of 1.
         by = None if upstream[0].device.type == "cpu" and upstream[0] == 1 else upstream[0]
         gradients = [
             None if d is None else (d if by is None else d * by).to(dtype)
