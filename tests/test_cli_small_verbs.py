@@ -27,7 +27,7 @@ from ratoon.cli.main import VERBS, run
 from ratoon.data.prepare import Prepared
 from ratoon.generate.lm import LanguageModel, load
 from ratoon.model.folder import read_model, write_model
-from ratoon.recipe import Recipe, shipped
+from ratoon.recipe import Recipe, read_table, shipped
 from ratoon.recipe import load as load_recipe
 from ratoon.store.artifact import read_manifest
 from ratoon.store.runs import Run
@@ -247,7 +247,20 @@ def test_recipes_lists_with_size_and_language(verb: Any) -> None:
     assert all(one["what"] for one in found.values())
 
 
-@pytest.mark.parametrize("name", sorted(shipped()))
+PRETRAINING = sorted(name for name in shipped() if "task" not in read_table(name)[0])
+
+
+@pytest.mark.parametrize("name", sorted(shipped().keys() - set(PRETRAINING)))
+def test_recipes_shows_one_of_fine_tuning(name: str, verb: Any) -> None:
+    said = verb("recipes", name)
+    assert said.code == 0
+    assert yaml.safe_load(said.out) == yaml.safe_load(shipped()[name].read_text(encoding="utf-8"))
+    assert f"next: ratoon finetune {name}" in said.err
+    found = verb("recipes", "show", name, "--json").json
+    assert found["recipe"]["name"] == name and found["task"] == found["recipe"]["task"]["kind"]
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
 def test_recipes_shows_the_file_and_what_it_derives(name: str, verb: Any) -> None:
     said = verb("recipes", name)
     assert said.code == 0
@@ -303,8 +316,14 @@ def test_the_json_schema_takes_what_ships_and_refuses_what_is_wrong(verb: Any) -
     schema = verb("schema", "--json").json
     jsonschema.Draft202012Validator.check_schema(schema)
     check = jsonschema.Draft202012Validator(schema)
-    for path in shipped().values():
-        check.validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    tuning = jsonschema.Draft202012Validator(verb("schema", "--finetune", "--json").json)
+    for name, path in shipped().items():
+        (check if name in PRETRAINING else tuning).validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    row = {"data": {"train": ["a"]}, "model": {"base": "b"}}
+    assert tuning.is_valid({**row, "task": {"kind": "tagging", "join": ""}})
+    assert not tuning.is_valid({**row, "task": {"kind": "taging"}})
+    assert not tuning.is_valid({**row, "task": {"kind": "tagging", "stop": ["x"]}})
+    assert not tuning.is_valid({**row, "task": {"kind": "tagging"}, "method": {"kind": "lora", "rnk": 4}})
     good = {"data": {"sources": ["a"]}, "train": {"rows": 4}, "model": {"settings": {"width": 64, "moe": None}}}
     check.validate(good)
     for wrong in (

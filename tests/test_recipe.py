@@ -10,7 +10,8 @@ import yaml
 
 from ratoon.base.errors import ConfigError
 from ratoon.base.settings import parse_overrides
-from ratoon.recipe import INSTEAD, SIZES, TOKENS_A_PARAMETER, Plan, default_shape, load, settle, shipped
+from ratoon.recipe import INSTEAD, SIZES, TOKENS_A_PARAMETER, Plan, default_shape, load, read_table, settle, shipped
+from ratoon.recipe.tuning import load_tuning, settle_tuning
 
 
 def write(folder: Path, text: str) -> Path:
@@ -34,10 +35,14 @@ def derived(plan: Plan) -> dict[str, Any]:
 BASE = "name: mine\ndata:\n  sources: [book.txt]\n"
 
 
+PRETRAINING = sorted(name for name in shipped() if "task" not in read_table(name)[0])
+TUNING = sorted(shipped().keys() - set(PRETRAINING))
+
+
 # -- what ships ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(shipped()))
+@pytest.mark.parametrize("name", PRETRAINING)
 def test_every_shipped_recipe_settles(name: str) -> None:
     plan = settle(load(name))
     assert plan.recipe.name == name
@@ -50,7 +55,7 @@ def test_every_shipped_recipe_settles(name: str) -> None:
         assert one.reason, f"{one.key} is derived without a reason"
 
 
-@pytest.mark.parametrize("name", sorted(shipped()))
+@pytest.mark.parametrize("name", PRETRAINING)
 def test_the_resolved_recipe_is_the_same_recipe(name: str, tmp_path: Path) -> None:
     """What is written into the run's folder settles to the same, with nothing left to derive."""
     plan = settle(load(name))
@@ -194,9 +199,32 @@ def test_an_override_takes_the_place_of_what_it_excludes() -> None:
     assert all(key not in others for key, others in INSTEAD.items())
 
 
+@pytest.mark.parametrize("name", TUNING)
+def test_every_shipped_recipe_of_fine_tuning_settles(name: str) -> None:
+    from ratoon.adapt.methods import method_of
+    from ratoon.tasks.registry import task_of
+
+    recipe = load_tuning(name)
+    assert recipe.name == name
+    task, method = task_of(recipe.task), method_of(recipe.method)
+    settings, derived = settle_tuning(recipe).train_settings(rows_an_epoch=100, examples=400)
+    assert settings.steps is not None and settings.steps > 0
+    assert all(one.reason for one in derived)
+    assert (task.kind, method.kind) == (recipe.task["kind"], recipe.method.get("kind", "full"))
+
+
+@pytest.mark.parametrize(
+    ("verb_of", "name", "words"),
+    [(load, TUNING[0], "ratoon finetune"), (load_tuning, PRETRAINING[0], "ratoon pretrain")],
+)
+def test_each_verb_refuses_the_other_kind(verb_of: Any, name: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        verb_of(name)
+
+
 def test_the_next_command_of_a_run_settles(tmp_path: Path) -> None:
     """`train.budget_minutes=30` over a resolved recipe, whichever dial it came from."""
-    for name in shipped():
+    for name in PRETRAINING:
         path = write(tmp_path, yaml.safe_dump(settle(load(name)).as_dict(), allow_unicode=True))
         plan = settle(load(path, {"name": f"{name}-longer", "train.budget_minutes": 30}))
         assert plan.train.budget_minutes == 30 and plan.train.steps is None

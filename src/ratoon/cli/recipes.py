@@ -70,8 +70,9 @@ def facts(name: str) -> dict[str, Any]:
     from ratoon.recipe import load, read_table, shipped
     from ratoon.recipe.tuning import load_tuning
 
+    table, _ = read_table(name)
     what = _first_comment(_file(name, shipped().get(name)))
-    if "task" in read_table(name)[0]:
+    if "task" in table:
         tuned = load_tuning(name)
         return {
             "name": name,

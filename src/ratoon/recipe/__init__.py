@@ -7,6 +7,7 @@ key `task`.
 from __future__ import annotations
 
 from ratoon.recipe.pretraining import (
+    INSTEAD,
     SIZES,
     TOKENS_A_PARAMETER,
     DataSettings,
@@ -24,6 +25,7 @@ from ratoon.recipe.pretraining import (
 )
 
 __all__ = [
+    "INSTEAD",
     "SIZES",
     "TOKENS_A_PARAMETER",
     "DataSettings",
