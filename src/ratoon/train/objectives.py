@@ -76,7 +76,8 @@ def numbers(model: Transformer, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 def span(model: Transformer, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Σ w · the mean of -log p(begin) and -log p(end), each over the positions of the document where an answer may
-    stand (targets 1). Devlin et al., arXiv:1810.04805, section 4.2."""
+    stand (targets 1); begin and end count from the text, not from a method's slots before it. Devlin et al.,
+    arXiv:1810.04805, section 4.2."""
     allowed_BT = inputs.targets_BT > 0
     scores_N2 = head_scores(model, inputs, allowed_BT)
     at_BT = inputs.weight_BT > 0
@@ -88,7 +89,7 @@ def span(model: Transformer, inputs: Inputs) -> tuple[Tensor, Tensor]:
     asked_M = unit_BT[at_BT]  # ascending: one position a document
     number_N = torch.searchsorted(asked_M, unit_BT[allowed_BT])
     target_M2 = vectors(inputs).long()
-    place_N = place_BT[allowed_BT]
+    place_N = place_BT[allowed_BT] - inputs.virtual_tokens
     count = len(asked_M)
     losses = []
     for end in (0, 1):
