@@ -5,6 +5,7 @@ Decides how an objective is changed; the objective itself and the loop know noth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -32,7 +33,7 @@ def with_noise(objective: Objective, settings: NoiseSettings, seed: int) -> Obje
             return objective(model, inputs)
         x_BTD = model.embedded(inputs.ids_BT, inputs.position_BT)
         if settings.neftune_alpha is not None:
-            x_BTD = x_BTD + neftune(x_BTD, inputs.document_BT, settings.neftune_alpha, _stream(inputs, seed))
+            x_BTD = x_BTD + neftune(x_BTD, inputs.document_BT, settings.neftune_alpha, _streams(inputs, seed))
         if settings.adversarial_epsilon is None:
             return objective(model, replace(inputs, trunk_BTD=x_BTD, trunk_layers=0))
         leaf_BTD = x_BTD if x_BTD.requires_grad else x_BTD.detach().requires_grad_(True)
@@ -45,10 +46,10 @@ def with_noise(objective: Objective, settings: NoiseSettings, seed: int) -> Obje
     return noisy
 
 
-def _stream(inputs: Inputs, seed: int) -> torch.Generator:
-    """A stream of its own for each micro-batch, the same after a resume."""
-    first = int(inputs.extra["number_B"][0]) if "number_B" in inputs.extra else 0
-    return torch.Generator(device="cpu").manual_seed(derive(seed, "noise", inputs.step, first))
+def _streams(inputs: Inputs, seed: int) -> list[torch.Generator]:
+    """A stream for each row in each step: the same after a resume, and however rows are shared out to micro-batches."""
+    numbers = inputs.extra.get("number_B", range(len(inputs.ids_BT)))
+    return [torch.Generator().manual_seed(derive(seed, "noise", inputs.step, int(number))) for number in numbers]
 
 
 def _units(x_BTD: Tensor, document_BT: Tensor | None) -> Tensor:
@@ -59,12 +60,13 @@ def _units(x_BTD: Tensor, document_BT: Tensor | None) -> Tensor:
     return torch.arange(B, device=x_BTD.device)[:, None] * (T + 1) + document_BT.long() + 1
 
 
-def neftune(x_BTD: Tensor, document_BT: Tensor | None, alpha: float, generator: torch.Generator) -> Tensor:
-    """Uniform noise (B, T, D) between -alpha / √(L·d) and alpha / √(L·d)."""
+def neftune(x_BTD: Tensor, document_BT: Tensor | None, alpha: float, streams: Sequence[torch.Generator]) -> Tensor:
+    """Uniform noise (B, T, D) between -alpha / √(L·d) and alpha / √(L·d), each row's from its own stream."""
     unit_BT = _units(x_BTD, document_BT)
     count_U = torch.bincount(unit_BT.flatten(), minlength=int(unit_BT.max()) + 1)
     length_BT = count_U[unit_BT].to(torch.float32)
-    noise_BTD = torch.rand(x_BTD.shape, generator=generator).to(x_BTD.device) * 2 - 1
+    rows = [torch.rand(x_BTD.shape[1:], generator=stream) for stream in streams]
+    noise_BTD = torch.stack(rows).to(x_BTD.device) * 2 - 1
     return (noise_BTD * (alpha / (length_BT * x_BTD.shape[-1]).sqrt())[..., None]).to(x_BTD.dtype)
 
 
