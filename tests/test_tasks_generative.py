@@ -400,3 +400,20 @@ def test_our_own_template_is_read_as_any_other() -> None:
     task, record = record_of({"kind": "dialogue"}, TALK)
     (example,) = task.encode(record, tokenizer, room_tokens=ROOM, too_long="refuse").examples
     assert learned(example, tokenizer).split("<|im_end|>")[:-1] == [one["content"] for one in TURNS[2::2]]
+
+
+@pytest.mark.parametrize("name", ["dialogue, last", "summary", "summary, chat", "answer, chat"])
+def test_the_policy_names_the_side_that_is_lost(name: str, smollm2: Tokenizer) -> None:
+    table, row = GENERATIVE[name]
+    text = f"First comes the spring. {PASSAGE} Last comes the mouth."
+    if name == "dialogue, last":
+        row = {"prompt": text, "completion": "A bridge."}
+    task, record = record_of({**table, "max_new_tokens": 12}, {**row, "document": text, "context": text})
+    room = task.encode(record, smollm2, room_tokens=ROOM, too_long="refuse").examples[0].places - 15
+    for policy, kept, lost in (("cut-left", "the mouth.", "the spring"), ("cut-right", "First comes", "the mouth")):
+        found = task.encode(record, smollm2, room_tokens=room, too_long=policy)  # type: ignore[arg-type]
+        adds_up(found, room)
+        question = task.question(record, smollm2, room_tokens=room, too_long=policy)  # type: ignore[arg-type]
+        for ids in (found.examples[0].ids, question.ids):
+            read = smollm2.decode(list(ids))
+            assert kept in read and lost not in read

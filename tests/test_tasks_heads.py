@@ -103,6 +103,17 @@ def test_a_loud_window_without_the_answer_does_not_win(smollm2: Tokenizer) -> No
     assert task.read_scores(record, loud) == "三百米"
 
 
+def test_an_answer_begins_before_it_ends_and_is_not_too_long() -> None:
+    task, record = record_of({"kind": "extractive", "max_answer_characters": 4}, {**QA, "context": "ab cd ef三百米"})
+    task.settle([record])
+    places = [(0, 2), (2, 5), (5, 8), (8, 11)]
+    scores = np.array([[3.0, 9.0], [1.0, 0.0], [9.0, 0.5], [0.0, 4.0], [-9.0, -9.0]])
+    # Begin at the third and end at the first is more, but backwards; third to fourth is more, but has six characters.
+    assert task.read_scores(record, [(places, scores)]) == "ab"
+    scores[0, 1] = -5.0
+    assert task.read_scores(record, [(places, scores)]) == "ef"
+
+
 def test_questions_without_an_answer(smollm2: Tokenizer) -> None:
     table = {"kind": "extractive", "unanswerable": True}
     task, with_answer = record_of(table, QA)
