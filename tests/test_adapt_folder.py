@@ -27,6 +27,7 @@ from ratoon.adapt.folder import (
 )
 from ratoon.adapt.methods import METHODS, method_of
 from ratoon.base.errors import ArtifactError, ConfigError
+from ratoon.cli.export import model_parent
 from ratoon.model.config import HeadConfig
 from ratoon.model.folder import read_model, write_model
 from ratoon.model.init import add_head
@@ -389,6 +390,7 @@ def test_the_hash_of_a_path(tmp_path: Path) -> None:
     (tmp_path / "shards" / MANIFEST).unlink()
     several = base_hash(tmp_path / "shards")
     assert several != one
+    assert model_parent("mine", tmp_path / "shards").hash == several, "what a run writes down is what loading asks for"
     first = sorted((tmp_path / "shards").glob("*.safetensors"))[0]
     first.write_bytes(first.read_bytes()[:-1] + b"\x01")
     assert base_hash(tmp_path / "shards") != several

@@ -109,13 +109,11 @@ def export(
 
 
 def model_parent(name: str, path: Path) -> Parent:
-    """A model as a parent: by its manifest's hash, or where it has none by the hash of its weights."""
-    from ratoon.store.artifact import MANIFEST, Parent, file_hash, read_manifest
+    """A model as a parent: by the hash that an adapter knows its base by."""
+    from ratoon.adapt.folder import base_hash
+    from ratoon.store.artifact import Parent
 
-    if path.is_dir() and (path / MANIFEST).is_file():
-        return Parent(kind="model", hash=read_manifest(path).hash, name=name)
-    weights = path if path.is_file() else next(iter(sorted(path.glob("*.safetensors*"))))
-    return Parent(kind="model", hash=file_hash(weights), name=name)
+    return Parent(kind="model", hash=base_hash(path), name=name)
 
 
 def _stored_dtype(path: Path) -> str:
