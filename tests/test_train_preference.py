@@ -85,14 +85,17 @@ def logged(model: Transformer, example: Example) -> Tensor:
     return (found * torch.tensor(example.weight[: len(found)], dtype=torch.float64)).sum()
 
 
-def defined(model: Transformer, examples: Sequence[Example], loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """Σ `loss`(h) over pairs that have their reference, from the definition."""
+def defined_with_gradients(
+    model: Transformer, examples: Sequence[Example], loss: Callable[[Tensor], Tensor]
+) -> tuple[float, dict[str, Tensor]]:
+    """Σ `loss`(h) over pairs that have their reference, from the definition, and its gradient for each parameter."""
     total = torch.zeros((), dtype=torch.float64)
     for one in examples:
         assert one.beside is not None and one.vector is not None and one.beside.vector is not None
         chosen, rejected = logged(model, one) - one.vector[0], logged(model, one.beside) - one.beside.vector[0]
         total = total + loss(chosen - rejected)
-    return total
+    named = dict(model.named_parameters())
+    return float(total), dict(zip(named, torch.autograd.grad(total, list(named.values())), strict=True))
 
 
 def summed(model: Transformer, inputs: Sequence[Inputs], objective: Any) -> tuple[float, float, dict[str, Tensor]]:
@@ -152,6 +155,7 @@ class Peer:
 
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory: pytest.TempPathFactory) -> Peer:
+    pytest.importorskip("trl")  # not for every Python that Ratoon runs on
     import transformers
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -269,10 +273,7 @@ def test_packed_is_unpacked_is_the_definition(case: str, chunk: int, monkeypatch
         assert one.beside is not None and one.vector is not None and one.beside.vector is not None
         assert one.vector[0] == pytest.approx(float(logged(before, one)), rel=1e-6)
         assert one.beside.vector[0] == pytest.approx(float(logged(before, one.beside)), rel=1e-6)
-    expected = defined(model, examples, logistic(0.4, 0.1))
-    wanted = dict(
-        zip(dict(model.named_parameters()), torch.autograd.grad(expected, list(model.parameters())), strict=True)
-    )
+    expected, wanted = defined_with_gradients(model, examples, logistic(0.4, 0.1))
     objective = preference(beta=0.4, label_smoothing=0.1)
     alone = [one for example in examples for one in batches([example])]
     packed = batches(examples, context_tokens=60)
@@ -280,7 +281,7 @@ def test_packed_is_unpacked_is_the_definition(case: str, chunk: int, monkeypatch
     for inputs in (alone, packed):
         found, weight, gradients = summed(model, inputs, objective)
         assert weight == len(examples)
-        assert found == pytest.approx(float(expected), rel=1e-6)
+        assert found == pytest.approx(expected, rel=1e-6)
         for name, value in wanted.items():
             torch.testing.assert_close(gradients[name], value, rtol=1e-4, atol=1e-5)
 
@@ -309,12 +310,21 @@ def test_a_reference_of_its_own_gives_margins_of_nothing() -> None:
     assert summed(model, found, preference(beta=0.5, kind="ipo"))[0] / weight == pytest.approx(1.0, abs=1e-4)
 
 
+def test_an_answer_is_right_where_it_is_rewarded_more() -> None:
+    """Whatever the sign of both; a draw is not right."""
+    found = Margins(torch.tensor([-1.0, 1.0, 0.5]), torch.tensor([-2.0, 2.0, 0.5]))
+    assert found.right_P.tolist() == [True, False, False]
+    assert found.margin_P.tolist() == [1.0, -1.0, 0.0]
+
+
 def test_weights_of_tokens_scale_their_share() -> None:
     examples = [replace(one, weight=[0.5 * w for w in one.weight]) for one in pairs(3)]
     model, before = little.model(1), little.model(2)
     found = reference_of(before, examples)
-    expected = defined(model, found, logistic(0.4))
-    assert summed(model, batches(found), preference(beta=0.4))[0] == pytest.approx(float(expected), rel=1e-6)
+    loss, wanted = defined_with_gradients(model, found, logistic(0.4))
+    mine, _, gradients = summed(model, batches(found), preference(beta=0.4))
+    assert mine == pytest.approx(loss, rel=1e-6)
+    assert little.largest_difference(gradients, wanted) < 2e-5
     assert found[0].vector is not None
     assert found[0].vector[0] == pytest.approx(float(logged(before, examples[0])), rel=1e-6)
 
