@@ -171,7 +171,7 @@ def perturbed(recipe: TuneRecipe, task: Task[Any], parts: Parts) -> list[Any]:
         for number, record in enumerate(parts.train):
             kind = PERTURBATIONS[noise.perturb[(number + copy) % len(noise.perturb)]]
             random = stream(recipe.seed, "perturb", copy, number)
-            text = kind(task.text(record), noise.strength, random).text
+            text = kind(task.text(record), noise.strength, random)
             changed = task.with_text(record, text)
             records.append(replace(changed, id=f"{record.id}~{copy + 1}", place=f"{record.place}~{copy + 1}"))
     return records
@@ -410,7 +410,7 @@ class _Job(Job):
     def _objective(self, lm: LanguageModel, material: Material, loader: ExampleLoader, settings: TrainSettings) -> Any:
         from ratoon.train.objectives import objective_of
 
-        task = material.task
+        task: Any = material.task
         if task.objective == "preference":
             from ratoon.cli.preference import prepare
 
@@ -460,7 +460,7 @@ class _Job(Job):
         step = result.best_step or result.steps
         if step != result.steps:
             folder = self.run.checkpoints / checkpoint.folder_name(step)
-            checkpoint.put_weights(trained(lm.model), checkpoint.load_weights(folder), folder)
+            checkpoint.put_weights({**trained(lm.model)}, checkpoint.load_weights(folder), folder)
             self.talk(f"the model is that of step {step:,}, the best on the validation rows")
         facts = {
             "task": material.task.facts(),

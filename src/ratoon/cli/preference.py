@@ -41,7 +41,7 @@ def prepare(
     path, world = run.folder / REFERENCE, World()
     parts = {"train": loader.examples, "validation": material.validation}
     if world.first and not path.is_file():
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for name, examples in parts.items():
             found = with_reference(
                 lm.model,

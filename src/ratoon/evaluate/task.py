@@ -390,7 +390,7 @@ class _OneSide:
         return Encoded(examples, found.rendered_tokens)
 
 
-def measure(task: Task[Any], predictions: Sequence[Prediction], language: str, **drawing: int) -> Measured:
+def measure(task: Task[Any], predictions: Sequence[Prediction], language: str, **drawing: Any) -> Measured:
     """The measures that belong to the task; `drawing` (seed, resamples) is for their intervals. Raises `ConfigError`
     for a library that is missing."""
     expected = [task.expected(one.record) for one in predictions]

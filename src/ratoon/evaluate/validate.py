@@ -39,7 +39,8 @@ class Validation:
     def callback(self, limit_tokens: int, language: str, context_tokens: int) -> Callable[[int, Any], dict[str, Any]]:
         """What the loop calls: `(step, model) -> figures`. At most `limit_tokens` places are read, from the first
         records on."""
-        room, examples = limit_tokens, []
+        room = limit_tokens
+        examples: list[Example] = []
         for example in self.examples:
             room -= example.places
             if room < 0 and examples:

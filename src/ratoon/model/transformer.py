@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -600,7 +601,8 @@ class Transformer(nn.Module):
         """Let each token see what stands before it, or (False) all of its document."""
         self.cfg = self.cfg.model_copy(update={"causal": causal})
         for block in self.layers:
-            block.attention.cfg = self.cfg
+            attention: Any = block.attention
+            attention.cfg = self.cfg
 
     def head_weight(self) -> Tensor:
         """The matrix (V, D) that turns hidden states into scores; the embedding's own where they are tied."""

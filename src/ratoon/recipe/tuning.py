@@ -77,7 +77,10 @@ class TuneRecipe(Settings):
     method: Table = Field({"kind": "full"}, description="`kind` names the method, other keys are its settings")
     epochs: float | None = Field(None, gt=0, description="passes over the rows; absent: 3, or as train.steps says")
     train: Table = Field({}, description="see the table `train`")
-    noise: NoiseSettings = NoiseSettings()
+    noise: NoiseSettings = Field(
+        default_factory=lambda: NoiseSettings.model_validate({}),
+        description="what makes training harder, so that the model stands more",
+    )
     merge: bool = Field(False, description="fold the adapter into the base's weights at the end")
     keep_trunk: bool = Field(
         True, description="what frozen lower blocks compute is kept on disk during the run and read again"

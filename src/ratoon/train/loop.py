@@ -423,7 +423,8 @@ class _Session:
                 for text in self.hooks.sample(self.step, self.model) if sample and self.hooks.sample else []:
                     self.record("sample", **text)
             self.model.train()
-            loss = float(found.get("choose", found.get("loss", math.nan)))
+            told = found.get("choose", found.get("loss"))
+            loss = math.nan if told is None else float(told)
             if self.step and (loss < self.best_loss if self.best_loss is not None else math.isfinite(loss)):
                 self.best_loss, self.best_step = loss, self.step
                 self.save()
