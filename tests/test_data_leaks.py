@@ -151,7 +151,7 @@ def test_texts_from_one_mould_keep_the_best_partner_of_each(monkeypatch: pytest.
 @pytest.mark.parametrize("chunk", [1, 7, 10**6])
 def test_of_many_near_partners_the_best_is_named(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "_CHUNK", chunk)
-    text = "each of these is the beginning of one and the same long sentence, cut at another of its letters."
+    text = "eachofthese-is.the,beginning;of:one/and+the=same~long!sentence?cut&at|another^of%its*letters_and#on"
     train, test = ([text[:size] for size in range(low, 96, 6)] for low in (50, 53))
     found = find_leaks({"train": keyed("train", *train), "test": keyed("test", *test)}, near=0.7)
     copies = found.copies("test", "train") + found.copies("train", "test")
