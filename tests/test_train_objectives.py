@@ -36,9 +36,9 @@ POOLED = [("text_label", pooling) for pooling in ("mean", "attention")]
 CASES = [(name, "last") for name in HEADS] + POOLED
 
 
-def build(name: str, pooling: str = "last", *, causal: bool = True) -> Transformer:
+def build(name: str, pooling: str = "last", *, causal: bool = True, **changes: Any) -> Transformer:
     """A little model with every parameter random, the head's too."""
-    made = little.model()
+    made = little.model(**changes)
     made.set_causal(causal)
     add_head(made, HeadConfig(**HEADS[name], pooling=pooling), seed=3)
     assert made.task_head is not None

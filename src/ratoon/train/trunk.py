@@ -7,17 +7,22 @@ row's number says what its trunk gives; with or without the file the numbers are
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ratoon.model.transformer import Transformer
 from ratoon.train.loss import Inputs
+
+Numbers = npt.NDArray[Any]
 
 KEPT_FREE_BYTES = 2 << 30
 """Room that is left on the disk: a cache never takes the last of it."""
@@ -36,6 +41,27 @@ def frozen_layers(model: Any) -> int:
         if any(parameter.requires_grad for parameter in block.parameters()):
             return number
     return len(model.layers)
+
+
+def _sum_of(row: Numbers) -> int:
+    """A checksum that is never 0, which stands for a row that is not there."""
+    return zlib.crc32(row.tobytes()) or 1
+
+
+def _reserve(path: Path, size_bytes: int) -> bool:
+    """Make a file whose room on the disk is taken, where the system can: a mapped file that finds no room when it is
+    written ends the process. False where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(path, "wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
+            else:
+                file.truncate(size_bytes)
+    except OSError:
+        shutil.rmtree(path.parent, ignore_errors=True)
+        return False
+    return True
 
 
 class Trunk:
@@ -66,18 +92,18 @@ class Trunk:
         key = {**self.key, "rows": rows, "tokens": tokens, "width": width, "dtype": str(dtype)}
         told, data, marks = (self.folder / name for name in ("trunk.json", "trunk.bin", "have.bin"))
         known = told.is_file() and json.loads(told.read_text(encoding="utf-8")) == key
+        known = known and data.is_file() and data.stat().st_size == needed and marks.is_file()
         if not known:
             shutil.rmtree(self.folder, ignore_errors=True)
             free = shutil.disk_usage(self.folder.parent).free
-            if free < needed + KEPT_FREE_BYTES:
+            if free < needed + KEPT_FREE_BYTES or not _reserve(data, needed):
                 return (
                     f"the first {self.layers} blocks are frozen, but {about} for their outputs are more than the disk "
                     f"has to spare ({free / 2**20:,.0f} MiB are free): computed in each epoch"
                 )
-            self.folder.mkdir(parents=True)
         kind = np.uint16 if bytes_each == 2 else np.float32
-        self.store = np.memmap(data, kind, "r+" if known else "w+", shape=(rows, tokens, width))
-        self.have = np.memmap(marks, np.uint8, "r+" if known else "w+", shape=(rows,))
+        self.store = np.memmap(data, kind, "r+", shape=(rows, tokens, width))
+        self.have = np.memmap(marks, np.uint32, "r+" if known else "w+", shape=(rows,))
         told.write_text(json.dumps(key), encoding="utf-8")
         return f"the first {self.layers} blocks are frozen: computed once, {about} in {self.folder}"
 
@@ -88,9 +114,10 @@ class Trunk:
         if self.store is None or self.have is None:
             return replace(inputs, trunk_BTD=self._compute(model, inputs), trunk_layers=self.layers)
         number_B = np.asarray(inputs.extra["number_B"])
-        if self.have[number_B].all():
+        found_BTD = self._read(number_B)
+        if found_BTD is not None:
             self.reads += len(number_B)
-            found = torch.from_numpy(self.store[number_B])
+            found = torch.from_numpy(found_BTD)
             kind = model.head_weight().dtype
             trunk_BTD = found.view(kind) if found.dtype == torch.uint16 else found
             trunk_BTD = trunk_BTD.to(inputs.ids_BT.device)
@@ -98,9 +125,21 @@ class Trunk:
             trunk_BTD = self._compute(model, inputs)
             self.computed += len(number_B)
             kept = trunk_BTD.detach().cpu().contiguous()
+            assert kept.element_size() == self.store.itemsize, f"{kept.dtype} was not what `open` made room for"
             self.store[number_B] = (kept.view(torch.uint16) if kept.element_size() == 2 else kept).numpy()
-            self.have[number_B] = 1
+            self.have[number_B] = [_sum_of(self.store[number]) for number in number_B]
         return replace(inputs, trunk_BTD=trunk_BTD, trunk_layers=self.layers)
+
+    def _read(self, number_B: Numbers) -> Numbers | None:
+        """The rows of those numbers, if each is there and as it was written: a machine that loses its power may keep the
+        mark of a row and lose the row."""
+        assert self.store is not None and self.have is not None
+        mark_B = self.have[number_B]
+        if not mark_B.all():
+            return None
+        found: Numbers = self.store[number_B]
+        whole = all(_sum_of(row) == mark for row, mark in zip(found, mark_B, strict=True))
+        return found if whole else None
 
     def _compute(self, model: Transformer, inputs: Inputs) -> Tensor:
         return model.trunk(inputs.ids_BT, self.layers, inputs.position_BT, inputs.document_BT)
