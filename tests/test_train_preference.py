@@ -413,7 +413,7 @@ def test_the_reference_is_the_same_however_it_is_packed() -> None:
 
 
 def test_asking_leaves_the_model_as_it_was() -> None:
-    """Also where training computes in another precision; dropout is off meanwhile."""
+    """Also where training computes in another precision."""
     model = little.model().train()
     model.layers[0].requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -429,6 +429,18 @@ def test_asking_leaves_the_model_as_it_was() -> None:
     assert [parameter.data_ptr() for parameter in model.parameters()] == where
     assert model.training and not any(p.requires_grad for p in model.layers[0].parameters())
     assert told[-1] == (7, 7) and [done for done, _ in told] == sorted(done for done, _ in told) and len(told) > 1
+
+
+def test_dropout_is_off_while_the_reference_is_asked() -> None:
+    model = little.model()
+    method_of({"kind": "lora", "rank": 4, "dropout": 0.5}).install(model, seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".B"):
+                parameter.copy_(torch.ones_like(parameter))
+    inputs = batches(pairs())[0]
+    assert not torch.equal(model.train()(inputs.ids_BT), model(inputs.ids_BT))
+    assert reference_of(model.train(), pairs()) == reference_of(model.eval(), pairs())
 
 
 def test_a_training_in_low_precision_begins_at_no_margin() -> None:
