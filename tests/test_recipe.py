@@ -222,6 +222,13 @@ def test_each_verb_refuses_the_other_kind(verb_of: Any, name: str, words: str) -
         verb_of(name)
 
 
+def test_another_kind_of_method_leaves_the_settings_of_the_first() -> None:
+    recipe = load_tuning("banking77", {"method.kind": "full", "method.freeze_layers": 3})
+    assert recipe.method == {"kind": "full", "freeze_layers": 3}
+    assert [(one.key, one.value) for one in settle_tuning(recipe).derived] == [("method.rank", None)]
+    assert load_tuning("banking77", {"method.kind": "lora"}).method["rank"] == 8
+
+
 def test_the_next_command_of_a_run_settles(tmp_path: Path) -> None:
     """`train.budget_minutes=30` over a resolved recipe, whichever dial it came from."""
     for name in PRETRAINING:

@@ -331,7 +331,7 @@ class _Job(Job):
 
         if not self.world.first:
             return
-        for one in self.derived:
+        for one in (*self.plan.derived, *self.derived):
             self.talk(f"derived {one.key} = {one.value} ({one.reason})")
         model = lm.model
         total = sum(parameter.numel() for parameter in model.parameters())

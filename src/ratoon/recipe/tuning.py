@@ -67,6 +67,7 @@ class TuneRecipe(Settings):
     """A fine-tuning run."""
 
     _where: str = "recipe"
+    _replaced: tuple[Derived, ...] = ()
 
     name: str = Field("tuned", description="the run's folder is runs/<name>")
     language: Literal["en", "zh"] = Field("en", description="language of the texts, for measures, and of the page")
@@ -160,6 +161,7 @@ def load_tuning(
     Raises `ConfigError` naming file, line and key for whatever does not fit.
     """
     table, where = read_table(recipe)
+    table, replaced = _of_another_kind(table, overrides or {})
     merged = merge(table, dict(overrides or {}))
     if "task" not in merged:
         raise ConfigError(
@@ -170,8 +172,24 @@ def load_tuning(
         )
     merged = _with_sources(merged, where)
     found = build(TuneRecipe, merged, where=where)
-    found._where = where
+    found._where, found._replaced = where, replaced
     return found
+
+
+def _of_another_kind(table: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Derived, ...]]:
+    """The table without settings of a task or method whose kind is overridden by another: they are not its own."""
+    replaced = []
+    for name in ("task", "method"):
+        kind, given = overrides.get(f"{name}.kind"), table.get(name)
+        if kind is None or not isinstance(given, dict) or given.get("kind", "full") == kind:
+            continue
+        table = merge(table, {})
+        for key in [key for key in given if key not in ("kind", "fields")]:
+            del table[name][key]
+            replaced.append(
+                Derived(f"{name}.{key}", None, f"it was set for {given.get('kind', 'full')}, not for {kind}")
+            )
+    return table, tuple(replaced)
 
 
 def _with_sources(table: dict[str, Any], where: str) -> dict[str, Any]:
@@ -211,4 +229,4 @@ def settle_tuning(recipe: TuneRecipe) -> TunePlan:
         raise ConfigError(
             "epochs and train.steps (or train.budget_minutes) are both given", where=recipe._where, fix="give one"
         )
-    return TunePlan(recipe, ())
+    return TunePlan(recipe, recipe._replaced)
