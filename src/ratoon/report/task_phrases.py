@@ -103,14 +103,16 @@ PHRASES: dict[str, tuple[str, str]] = {
     "col_ours": ("This model", "本模型"),
     "col_theirs": ("The other", "另一模型"),
     "col_difference": ("Difference", "差值"),
+    "from_to": ("{low} to {high}", "{low} 至 {high}"),
     "col_p": ("p", "p"),
     "certain_yes": ("differ", "有差异"),
-    "certain_no": ("no difference shown", "未见差异"),
+    "certain_no": ("unsure", "不确定"),
     # -- classes, entities -------------------------------------------------------------------------------------
     "classes_note": (
         "F1 of each class as a bar; the weakest first.",
         "条形为各类别的 F1；最弱的在前。",
     ),
+    "weakest_of": (": the weakest {n} of {all}", "：{all} 类中最弱的 {n} 类"),
     "all_classes": ("The other {n} classes", "其余 {n} 个类别"),
     "col_class": ("Class", "类别"),
     "col_entity": ("Entity", "实体"),
@@ -129,8 +131,8 @@ PHRASES: dict[str, tuple[str, str]] = {
         "行：应有的标签。列：模型的回答。颜色深浅为该行中的占比。",
     ),
     "pairs_note": (
-        "The most frequent confusions; a row leads to its records.",
-        "最常见的混淆；点击可查看对应记录。",
+        "The most frequent confusions",
+        "最常见的混淆",
     ),
     "col_expected": ("Expected", "应为"),
     "col_answered": ("Answered", "回答"),
@@ -194,12 +196,12 @@ PHRASES: dict[str, tuple[str, str]] = {
     ),
     # -- methods -----------------------------------------------------------------------------------------------
     "methods_note": (
-        "Score with its 95 % interval (band); beside it the trained parameters on a logarithmic axis.",
-        "得分与 95 % 区间（色带）；旁边为训练的参数量（对数轴）。",
+        "The score of each run with its 95 % interval (the band), the best above.",
+        "各次运行的得分与 95 % 区间（色带），最好的在上。",
     ),
     "col_run": ("Run", "运行"),
     "col_score": ("Score", "得分"),
-    "col_trainable": ("Trained parameters", "训练参数"),
+    "col_trainable": ("Trained parameters", "训练的参数"),
     "col_speed": ("Tokens/s", "词元/秒"),
     "col_memory": ("Peak memory", "内存峰值"),
     "col_disk": ("On disk", "磁盘占用"),
@@ -316,6 +318,21 @@ FIGURES: dict[str, tuple[str, str]] = {
     "perplexity": ("Perplexity", "困惑度"),
     "loss": ("Loss", "损失"),
 }
+TASKS: dict[str, tuple[str, str]] = {
+    "classification": ("classification", "文本分类"),
+    "multi-label": ("classification with several labels", "多标签分类"),
+    "tagging": ("tagging", "序列标注"),
+    "pairs": ("sentence pairs", "句对分类"),
+    "pair-scoring": ("scores of sentence pairs", "句对评分"),
+    "scoring": ("scoring", "评分"),
+    "extractive": ("extractive question answering", "抽取式问答"),
+    "question-answering": ("question answering", "问答"),
+    "translation": ("translation", "翻译"),
+    "summarization": ("summarization", "摘要"),
+    "dialogue": ("dialogue", "对话"),
+    "generation": ("text generation", "文本生成"),
+    "preference": ("preference", "偏好"),
+}
 PREFIXES: dict[str, tuple[str, str]] = {
     "entity": ("Entity", "实体"),
     "strict": ("Strict entity", "严格实体"),
@@ -367,9 +384,14 @@ def figure_name(name: str, language: Language) -> str:
     if core in FIGURES and suffix in SUFFIXES:
         core, suffix = FIGURES[core][side], SUFFIXES[suffix][side]
         if side:
-            return f"{prefix}{core}（{suffix}）"
-        return f"{prefix} {core}, {suffix}" if prefix else f"{core}, {suffix}"
+            return f"{prefix}{' ' if prefix and core.isascii() else ''}{core}（{suffix}）"
+        return f"{prefix} {core if core == 'F1' else core.lower()}, {suffix}" if prefix else f"{core}, {suffix}"
     return f"{prefix} {name}".strip().replace("_", " ")
+
+
+def task_name(kind: str, language: Language) -> str:
+    """What people call a task; a kind that is not known is written as it is."""
+    return TASKS[kind][0 if language == "en" else 1] if kind in TASKS else kind
 
 
 def note_words(text: str, language: Language) -> str:
@@ -384,14 +406,14 @@ def note_words(text: str, language: Language) -> str:
 
 
 def shown(value: float | None, like: float | None = None) -> str:
-    """A figure as it is written: four places for what lies between -1 and 1, two for larger ones; `like`: the figure
-    whose places are taken (for the ends of its interval)."""
+    """A figure as it is written: four places for what lies between -1 and 1, then three, two for what is above 10;
+    `like`: the figure whose places are taken (for the ends of its interval)."""
     if value is None:
         return "–"
     scale = abs(value if like is None else like)
     if scale <= 1:
         return f"{value:.4f}"
-    return f"{value:,.2f}" if scale < 1000 else figure(value)
+    return f"{value:.3f}" if scale < 10 else f"{value:,.2f}" if scale < 1000 else figure(value)
 
 
 def signed(value: float, like: float | None = None) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from ratoon.report.plots import INKS, Floats, number_label, picture
 from ratoon.report.task_records import CurvePoint, MethodRun
 
-SQUARE = (420, 350)
+SQUARE = (440, 320)
 SMALL = (300, 170)
 MOST_DOTS = 1500
 """Dots of the picture of numbers; of more records an even choice is drawn."""

@@ -31,6 +31,19 @@ from typing import Any
 from ratoon.base.errors import ArtifactError
 
 EVALUATION, PREDICTIONS = "evaluation.json", "predictions.jsonl"
+ATTACK = (
+    "budget_queries",
+    "n_attacked",
+    "accuracy_before",
+    "accuracy_before_interval",
+    "accuracy_under_attack",
+    "accuracy_under_attack_interval",
+    "success",
+    "success_interval",
+    "mean_queries",
+    "examples",
+)
+"""What is shown of an attack."""
 FATES = ("trained", "cut", "split", "dropped", "duplicate", "masked")
 
 
@@ -247,6 +260,32 @@ class Evaluation:
     def figure(self, name: str) -> Figure | None:
         """The figure of that name."""
         return next((one for one in self.values if one.name == name), None)
+
+    @property
+    def model(self) -> str:
+        """The model's name; empty where it has none."""
+        return str(self.facts.get("model") or "")
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the measurement took."""
+        return number(self.facts.get("seconds"))
+
+    @property
+    def interval_of(self) -> str:
+        """How the intervals were found."""
+        return str(self.facts.get("interval_of") or "")
+
+    @property
+    def copies(self) -> int:
+        """Records that also stand in training."""
+        return int(self.facts.get("copies_of_training") or 0)
+
+    @property
+    def attack(self) -> dict[str, Any] | None:
+        """What an attack came to, keys that are missing as None."""
+        found = self.facts.get("attack")
+        return {**dict.fromkeys(ATTACK), **found} if found else None
 
     @property
     def without_copies(self) -> dict[str, Figure]:

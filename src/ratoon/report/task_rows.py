@@ -155,13 +155,13 @@ def _tags(expected: Any, answer: Any, line: dict[str, Any], labels: list[str]) -
 
 def _words(line: dict[str, Any], n: int) -> tuple[list[str], str]:
     """The words that the tags stand on, and what joins them: those of the record where it names them, else those that
-    the text's spaces part, else its characters; the text as one word where neither has a tag each."""
+    the text's spaces part, else its characters; none where neither has a tag each."""
     text = str(line.get("input", ""))
     told = line.get("words")
     for words, joined in (([str(one) for one in told or []], ""), (text.split(" "), " "), (list(text), "")):
         if len(words) == n:
             return words, " " if " ".join(words) == text else joined
-    return [text], ""
+    return [], ""
 
 
 def _number(expected: Any, answer: Any, line: dict[str, Any], labels: list[str]) -> dict[str, Any]:
@@ -182,7 +182,8 @@ def _choice(expected: Any, answer: Any, line: dict[str, Any], labels: list[str])
 def _texts(expected: Any, answer: Any, line: dict[str, Any], labels: list[str]) -> dict[str, Any]:
     row: dict[str, Any] = {"answer": None if answer is None else str(answer)}
     if expected is not None:
-        row["expected"] = [str(one) for one in (expected if isinstance(expected, list | tuple) else [expected])]
+        given = expected if isinstance(expected, list | tuple) else [expected]
+        row["expected"] = list(dict.fromkeys(str(one) for one in given))
     return row
 
 
@@ -222,7 +223,8 @@ def _held(rows: list[dict[str, Any]], order: str, judged: bool) -> list[dict[str
         value = row.get(key)
         return judged and not row.get("wrong"), sign * abs(value) if value is not None else 0.0, place
 
-    kept, room = [], MOST_CHARACTERS
+    kept: list[int] = []
+    room = MOST_CHARACTERS
     for place in sorted(range(len(rows)), key=rank)[:MOST_ROWS]:
         room -= len(rows[place]["input"]) + 200
         if room < 0 and kept:

@@ -1,0 +1,186 @@
+"""The page of a measured task: how good the model is, how sure that is, what it beats, and where it errs.
+
+Decides what is shown and in which order. What is on record is `task_records.py`'s, the records of the browser of errors
+`task_rows.py`'s, wording `task_phrases.py`'s, pictures `task_plots.py`'s, looks and the script those in `templates/`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from ratoon.report import task_plots
+from ratoon.report.phrases import Language, duration, size, whole
+from ratoon.report.task_phrases import (
+    PHRASES,
+    count,
+    figure_name,
+    note_words,
+    phrase,
+    shown,
+    signed,
+    task_name,
+    verdict,
+)
+from ratoon.report.task_records import FATES, Evaluation, Figure, confused_pairs
+from ratoon.report.task_rows import SORTED_BY, Browser, browser
+from ratoon.store.atomic import write_bytes
+
+TEMPLATES = Path(__file__).parent / "templates"
+PAGE = "report.html"
+CLASSES_SHOWN = 20
+"""Classes whose bars stand open; of more the weakest so many."""
+MATRIX_OPEN, MATRIX_MOST = 12, 150
+"""Labels up to which the confusion matrix stands open, and above which only its cells that are not empty are listed."""
+PAIRS_SHOWN = 12
+BESIDE = {
+    "classification": ("f1_macro", "f1_weighted", "calibration_error", "matthews"),
+    "multi_label": ("f1_macro", "subset_accuracy", "hamming_loss", "calibration_error"),
+    "tagging": ("entity_precision_micro", "entity_recall_micro", "token_f1_micro", "token_f1_macro"),
+}
+"""Figures that stand beside the main one; of other measures those that follow it."""
+
+
+def write_task_page(folder: Path, *, language: Language = "en") -> Path:
+    """Write `report.html` into a folder with evaluation.json and predictions.jsonl, from what they hold, and return its
+    path.
+
+    The page is one file without outside references. Raises `ArtifactError` when there is no evaluation in the folder;
+    `StorageError` when the disk refuses.
+    """
+    page = render_task(Evaluation.read(Path(folder)), language)
+    path = Path(folder) / PAGE
+    write_bytes(path, page.encode("utf-8", "replace"))  # half a surrogate pair in a record becomes "?"
+    return path
+
+
+def render_task(evaluation: Evaluation, language: Language) -> str:
+    """The page as text."""
+    import jinja2
+
+    script = (TEMPLATES / "task.js").read_text(encoding="utf-8").strip()
+    style = "\n".join((TEMPLATES / name).read_text(encoding="utf-8").strip() for name in ("page.css", "task.css"))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+    def say(key: str, **values: Any) -> Markup:
+        strong = {name: value if isinstance(value, Markup) else Markup.escape(value) for name, value in values.items()}
+        return Markup(Markup.escape(phrase(key, language)).format(**strong))
+
+    environment.filters |= {
+        "whole": whole,
+        "count": count,
+        "shown": shown,
+        "signed": signed,
+        "size": size,
+        "duration": lambda seconds: duration(seconds, language),
+        "task_name": lambda kind: task_name(str(kind), language),
+        "figure_name": lambda name: figure_name(str(name), language),
+        "note": lambda text: note_words(str(text), language),
+        "b": lambda text: Markup("<b>{}</b>").format(text),
+    }
+    records = browser(evaluation)
+    return environment.get_template("task.html").render(
+        say=say,
+        e=evaluation,
+        beside=_beside(evaluation),
+        verdict=verdict(evaluation, language),
+        classes=_classes(evaluation),
+        confusion=_confusion(evaluation),
+        pictures=_pictures(evaluation, records),
+        between_all=task_plots.limits([point for curve in evaluation.curves for point in curve.points]),
+        strength=task_plots.strength,
+        browser=records,
+        data=None if records is None else _data(records, language),
+        fates=FATES,
+        classes_shown=CLASSES_SHOWN,
+        pairs_shown=PAIRS_SHOWN,
+        known=PHRASES,
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _beside(evaluation: Evaluation) -> list[Figure]:
+    """Figures in the cards beside the main one, at most four."""
+    names = BESIDE.get(evaluation.measure)
+    if names is None:
+        return evaluation.values[1:5]
+    return [found for name in names if (found := evaluation.figure(name)) is not None]
+
+
+def _classes(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The rows of the table by class that concern these records, the weakest first."""
+    rows = [one for one in evaluation.tables.get("per_class") or [] if one["support"] or one["predicted"]]
+    return sorted(rows, key=lambda one: (one["f1"], -one["support"]))
+
+
+@dataclass(frozen=True)
+class _Confusion:
+    """The confusion matrix as the page shows it: pairs by frequency, and cells of (count, share of the row)."""
+
+    pairs: list[tuple[str, str, int, float]]
+    labels: list[str]
+    cells: list[list[tuple[int, float]]]
+    open: bool
+
+
+def _confusion(evaluation: Evaluation) -> _Confusion | None:
+    found = evaluation.tables.get("confusion")
+    if not found:
+        return None
+    pairs = confused_pairs(found)
+    labels, counts = found["labels"], found["counts"]
+    # A label that nobody expected and nothing was answered by would be an empty row and column.
+    used = [place for place in range(len(labels)) if any(counts[place]) or any(row[place] for row in counts)]
+    if len(used) > MATRIX_MOST:
+        return _Confusion(pairs, [], [], False)
+    cells = [[(counts[row][column], counts[row][column] / (sum(counts[row]) or 1)) for column in used] for row in used]
+    return _Confusion(pairs, [labels[place] for place in used], cells, len(used) <= MATRIX_OPEN)
+
+
+def _pictures(evaluation: Evaluation, records: Browser | None) -> dict[str, str]:
+    """The pictures that stand alone, by name."""
+    found = {}
+    bins = (evaluation.tables.get("calibration") or {}).get("bins") or []
+    if any(one["n"] for one in bins):
+        found["calibration"] = task_plots.calibration(bins)
+    if evaluation.measure == "numbers" and records is not None:
+        pairs = [(row["expected"], row["answer"]) for row in records.rows if "off" in row]
+        if pairs:
+            expected, answered = np.array(pairs, dtype=np.float64).T
+            found["numbers"] = task_plots.numbers(expected, answered)
+    if evaluation.methods:
+        found |= {f"methods_{'wide' if wide else 'narrow'}": task_plots.methods(evaluation.methods, wide=wide)
+                  for wide in (True, False)}  # fmt: skip
+    return found
+
+
+def _data(records: Browser, language: Language) -> Markup:
+    """What the script needs, as JSON that can stand inside an element: no `<` in it."""
+    words = {key: phrase(key, language) for key in PHRASES if key.startswith("r_")}
+    names = {name for row in records.rows for name in row.get("scores", ())}
+    held = {
+        "kind": records.kind,
+        "rows": records.rows,
+        "types": records.types,
+        "sorted_by": {order: SORTED_BY[order] for order in records.orders if order in SORTED_BY},
+        "names": {name: figure_name(name, language) for name in sorted(names)},
+        "words": words,
+    }
+    text = json.dumps(held, ensure_ascii=False, separators=(",", ":"))
+    # None of these signs stands in JSON but within strings; "--" is left, no comment can begin without "<".
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
