@@ -135,8 +135,8 @@ def read_records(task: Task[Any], files: Sequence[str], settings: RecordSettings
 def read_parts(task: Task[Any], settings: RecordSettings, *, seed: int) -> Parts:
     """The records of all parts, split, limited, freed of duplicates and looked through for copies, everything booked.
 
-    Raises `DataError` when nothing is left to learn from, or, under `leaks: refuse`, for a copy. Ids that stand twice are
-    told, not refused: data sets have them.
+    Raises `DataError` when nothing is left to learn from, or, under `leaks: refuse`, for a copy. Ids that stand twice
+    are told, not refused: data sets have them.
     """
     ledgers = {name: TaskLedger() for name in PARTS}
     ledger = ledgers["train"]
