@@ -131,7 +131,7 @@ class Trunk:
         return replace(inputs, trunk_BTD=trunk_BTD, trunk_layers=self.layers)
 
     def _read(self, number_B: Numbers) -> Numbers | None:
-        """The rows of those numbers, if each is there and as it was written: a machine that loses its power may keep the
+        """The rows of those numbers, if each is there and as it was written: a machine without power may keep the
         mark of a row and lose the row."""
         assert self.store is not None and self.have is not None
         mark_B = self.have[number_B]
