@@ -14,11 +14,13 @@ WORDS = ("red", "green", "blue", "cold", "warm", "good", "bad", "old", "new", "s
 
 
 def base(folder: Path, *, seed: int = 1, template: str | None = None, **changes: Any) -> Path:
-    """A model of random weights that reads bytes, as a folder; `template` in place of its chat template ("": none)."""
+    """A model of random weights that reads bytes, as a folder; `template` in place of its chat template ("": none, and
+    no tokens of turns either)."""
     tokenizer = Tokenizer.bytes_only()
-    if template is not None:
-        config = {key: value for key, value in tokenizer.config.items() if key != "chat_template"}
-        tokenizer = Tokenizer(tokenizer.core, config | ({"chat_template": template} if template else {}))
+    if template == "":
+        tokenizer = Tokenizer.train([], vocab_size=257, special_tokens=["<|endoftext|>"])
+    elif template is not None:
+        tokenizer = Tokenizer(tokenizer.core, {**tokenizer.config, "chat_template": template})
     shape: dict[str, Any] = {
         "vocab_size": tokenizer.vocab_size,
         "context_tokens": 128,

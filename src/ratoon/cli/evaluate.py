@@ -15,6 +15,7 @@ import click
 from ratoon.cli.sampling import load_model, model_options
 
 if TYPE_CHECKING:
+    from ratoon.cli.evaluate_task import Asked
     from ratoon.data.shards import Shards
     from ratoon.data.sources import Reading
     from ratoon.evaluate.run import Report
@@ -47,6 +48,16 @@ DEFAULT_CONTEXT_TOKENS = 1024
 @click.option(
     "--on-bad-row", type=click.Choice(["refuse", "skip"]), default="refuse", help="skip: leave such rows out, counted."
 )
+@click.option("--floor", is_flag=True, help="Task: put the cheap classics beside the model, and say who wins.")
+@click.option("--robust", is_flag=True, help="Task: what typos, homophones and the like cost, by strength.")
+@click.option("--perturb", metavar="NAME,…", help="Task: only these perturbations; read with --robust.")
+@click.option("--strengths", metavar="0.1,…", help="Task: shares of the places touched; read with --robust.")
+@click.option(
+    "--attack", type=click.IntRange(min=1), metavar="QUERIES", help="Task: greedy word substitution, so many queries."
+)
+@click.option("--against", metavar="MODEL", help="Task: another model on the same records, paired bootstrap.")
+@click.option("--limit-rows", type=click.IntRange(min=1), help="Task: so many test rows, drawn from the seed.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Task: where figures and page are written.")
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON.")
 def command(
@@ -62,11 +73,21 @@ def command(
     split_documents: str,
     encoding: str,
     on_bad_row: Literal["refuse", "skip"],
+    floor: bool,
+    robust: bool,
+    perturb: str | None,
+    strengths: str | None,
+    attack: int | None,
+    against: str | None,
+    limit_rows: int | None,
+    out: Path | None,
     dtype: str,
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Measure MODEL on FILE… (txt, md, jsonl, csv, parquet; also .gz, .zst), or on its run's held-out text.
+    """Measure MODEL on FILE… of text, or for the task it was fine-tuned for on its run's test rows (or rows in FILE…).
+
+    Text: (txt, md, jsonl, csv, parquet; also .gz, .zst), or on its run's held-out text.
 
     Loss is in nats per token, with the token that ends a document; bits per byte leaves that token out and can be
     compared between models of different tokenizers. Each comes with what it was counted on and a 95 % interval.
@@ -82,7 +103,19 @@ def command(
             raise ConfigError(f"{name} has no effect with --pairs", where="command line", fix=f"leave out {name}")
     if pairs is None and shorten is not None:
         raise ConfigError("--shorten has no effect without --pairs", where="command line", fix="leave out --shorten")
+    asked = _asked(floor, robust, perturb, strengths, attack, against, limit_rows, out)
     lm = load_model(model, dtype, device)
+    if isinstance(lm.facts.get("task"), dict) and pairs is None:
+        from ratoon.cli.evaluate_task import evaluate_task_model
+
+        evaluate_task_model(lm, files, asked, as_json=as_json)
+        return
+    if asked != type(asked)():
+        raise ConfigError(
+            f"'{model}' was not fine-tuned for a task, and the options of tasks have no effect",
+            where="command line",
+            fix="leave them out, or name a run of `ratoon finetune`",
+        )
     if pairs is not None:
         _pairs(lm, pairs, lm.context_tokens if context_tokens is None else context_tokens, shorten, as_json)
         return
@@ -122,6 +155,31 @@ def command(
         answer_json(facts | report.as_dict())
     else:
         _show(report)
+
+
+def _asked(
+    floor: bool,
+    robust: bool,
+    perturb: str | None,
+    strengths: str | None,
+    attack: int | None,
+    against: str | None,
+    limit_rows: int | None,
+    out: Path | None,
+) -> Asked:
+    """What is asked of a task model. Raises `ConfigError` for what does not fit together."""
+    from ratoon.base.errors import ConfigError
+    from ratoon.cli.evaluate_task import Asked
+
+    for name, value in (("--perturb", perturb), ("--strengths", strengths)):
+        if value is not None and not robust:
+            raise ConfigError(f"{name} has no effect without --robust", where="command line", fix="add --robust")
+    try:
+        levels = tuple(float(one) for one in (strengths or "").split(",") if one)
+    except ValueError:
+        raise ConfigError(f"'{strengths}' is no list of shares", where="--strengths", expected="0.1,0.2") from None
+    names = tuple(one.strip() for one in (perturb or "").split(",") if one.strip())
+    return Asked(floor, robust, names, levels, attack, against, limit_rows, out)
 
 
 def _on_files(

@@ -73,16 +73,27 @@ def command(model: str, folder: Path, dtype: str | None, max_shard_size: int, re
 def export(
     name: str, folder: Path, *, dtype: str | None = None, shard_bytes: int = 5 * 10**9, replace: bool = False
 ) -> Manifest:
-    """Write the model called `name` into `folder`. Raises as `generate.lm.load` and `model.folder.write_model` do."""
+    """Write the model called `name` into `folder`; an adapter is folded into its base.
+
+    Raises as `generate.lm.load` and `model.folder.write_model` do, and `ConfigError` for an adapter that is no change
+    of weights, or that weights of few bits would lose a part of.
+    """
+    from ratoon.adapt.folder import is_adapter
     from ratoon.generate.lm import load, locate
     from ratoon.model.folder import write_model
     from ratoon.store.artifact import MANIFEST, Parent, read_manifest
 
     path = locate(name)
-    kept = dtype or _stored_dtype(path)
-    lm = load(name, dtype=kept, device="cpu")
+    notes = []
+    if is_adapter(path):
+        kept = dtype or "float32"
+        lm = _merged(name, path, kept)
+        notes.append(f"the adapter is folded into its base, as {kept}")
+    else:
+        kept = dtype or _stored_dtype(path)
+        lm = load(name, dtype=kept, device="cpu")
     parents = [model_parent(name, path)]
-    notes, extra = [], _beside(lm, path)
+    extra = _beside(lm, path)
     if lm.tokenizer is None:
         notes.append("the model has no tokenizer: the folder holds none either")
     else:
@@ -106,6 +117,21 @@ def export(
         shard_bytes=shard_bytes,
         replace=replace,
     )
+
+
+def _merged(name: str, path: Path, dtype: str) -> LanguageModel:
+    """An adapter's base with the adapter folded in."""
+    from ratoon.adapt.folder import adapter_base, base_hash, load_adapter
+    from ratoon.generate.lm import KEPT_FACTS, load, locate
+    from ratoon.store.artifact import MANIFEST, read_manifest
+
+    base = str(adapter_base(path))
+    lm = load(base, dtype=dtype, device="cpu")
+    method = load_adapter(lm.model, path, base_hash=base_hash(locate(base)))
+    method.merge(lm.model)
+    told = read_manifest(path).facts if (path / MANIFEST).is_file() else {}
+    lm.name, lm.facts = name, {**lm.facts, **{key: told[key] for key in KEPT_FACTS & told.keys()}}
+    return lm
 
 
 def model_parent(name: str, path: Path) -> Parent:

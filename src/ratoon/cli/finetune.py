@@ -90,12 +90,14 @@ def read_material(
     *,
     leading: int = 0,
     rows: Parts | None = None,
+    most_tokens: int | None = None,
 ) -> Material:
-    """Read, split, check and encode the recipe's rows; everything is booked and said.
+    """Read, split, check and encode the recipe's rows; everything is booked and said. With `most_tokens`, the model's
+    context, the test rows are looked at as well: what cannot be measured is found out before anything is trained.
 
     Raises `DataError` for rows that do not fit, when too much would be lost, and when nothing would be learned.
     """
-    from ratoon.data.records import booked, encode_records
+    from ratoon.data.records import booked, encode_records, measurable
     from ratoon.tasks.registry import task_of
 
     settings = recipe.data
@@ -105,24 +107,27 @@ def read_material(
         talk(note)
     for sentence in task.settle(parts.train):
         talk(sentence)
-    for record in [*parts.validation, *parts.test]:
+    for record in [*parts.train, *parts.validation, *parts.test]:
         task.check(record)
     for name in ("validation", "test"):
         for sentence in absent_labels(task, name, parts.of(name)):
             talk(sentence)
-    context = int(recipe.train.get("context_tokens") or 256)
-    told: dict[str, Any] = {
-        "room_tokens": context - leading,
-        "too_long": settings.too_long,
-        "on_bad_row": settings.on_bad_row,
-    }
-    train = encode_records(task, perturbed(recipe, task, parts), tokenizer, parts.ledgers["train"], **told)
-    validation = encode_records(task, parts.validation, tokenizer, parts.ledgers["validation"], **told)
+    told: dict[str, Any] = {"too_long": settings.too_long, "on_bad_row": settings.on_bad_row}
+    room, unfit = int(recipe.train.get("context_tokens") or 256) - leading, list[Any]()
     ledger = parts.ledgers["train"]
+    train = encode_records(task, perturbed(recipe, task, parts), tokenizer, ledger, room_tokens=room, **told)
+    validation = encode_records(
+        task, parts.validation, tokenizer, parts.ledgers["validation"], room_tokens=room, unfit=unfit, **told
+    )
+    left_out = {record.place for record in unfit}
+    parts.validation = [record for record in parts.validation if record.place not in left_out]
+    if most_tokens is not None:
+        most = most_tokens - leading
+        parts.test = measurable(task, parts.test, tokenizer, parts.ledgers["test"], room_tokens=most, **told)
     ledger.refuse_if_all_masked()
     ledger.refuse_if_lost(settings.most_lost_fraction)
     for name, one in parts.ledgers.items():
-        if name != "test" and one.rows_read:
+        if one.rows_read:
             for sentence in booked(one):
                 talk(f"{name}: {sentence}")
     return Material(task, parts, train, validation)
@@ -198,7 +203,8 @@ class _Job(Job):
         lm, parents = self._begin(method, rows)
         assert lm.tokenizer is not None
         method = self._adapter(lm, method, parents)
-        material = read_material(recipe, lm.tokenizer, self.talk, leading=method.virtual_tokens, rows=rows)
+        material = read_material(recipe, lm.tokenizer, self.talk, leading=method.virtual_tokens, rows=rows,
+                                 most_tokens=lm.context_tokens)  # fmt: skip
         method.read_text(lm.tokenizer.encode)
         self._install(lm, material.task, method)
         loader, settings = self._loader(material, method)
@@ -214,9 +220,15 @@ class _Job(Job):
     # -- model and method ------------------------------------------------------------------------------------------
 
     def _method(self) -> Method:
+        from ratoon.adapt.contract import Method
         from ratoon.adapt.methods import method_of
 
-        return method_of(dict(self.recipe.method))
+        method = method_of(dict(self.recipe.method))
+        if self.recipe.merge and method.kind == "full":
+            self.talk("merge has no effect with method.kind: full: the model's own weights are trained")
+        elif self.recipe.merge and type(method).merge is Method.merge:
+            raise ConfigError(f"{method.kind} cannot be merged: {method.not_merged}", where="merge", fix="leave it out")
+        return method
 
     def _begin(self, method: Method, rows: Parts) -> tuple[LanguageModel, list[Any]]:
         """The model that is trained, with its tokenizer, and what it is made from."""
@@ -454,7 +466,7 @@ class _Job(Job):
         result: Result,
     ) -> None:
         """Write the best model or adapter, measure it on the test records as it was saved, write the page."""
-        from ratoon.adapt.contract import trained
+        from ratoon.adapt.contract import Method, trained
         from ratoon.train import checkpoint
 
         step = result.best_step or result.steps
@@ -481,7 +493,9 @@ class _Job(Job):
 
             report = measure_run(self.run, material.task, material.parts, language=self.recipe.language, talk=self.talk)
             self.state(evaluation=report)
-        commands = [f"ratoon evaluate {self.run.name}", f"ratoon export {self.run.name} {self.run.name}-hf"]
+        commands = [f"ratoon evaluate {self.run.name}"]
+        if type(method).merge is not Method.merge:  # others stay beside their base
+            commands.append(f"ratoon export {self.run.name} {self.run.name}-hf")
         self.state(next_commands=commands)
         self.page()
         self.talk("next:\n  " + "\n  ".join(commands))

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ratoon.base.errors import ArtifactError
 
@@ -36,7 +36,7 @@ def measure_run(run: Run, task: Task[Any], parts: Parts, *, language: str, talk:
         seen_places=parts.seen_test_places, progress=progress("records"),
     )  # fmt: skip
     report.facts |= {"model": run.name, "seconds": time.perf_counter() - began, "dtype": working_dtype()}
-    write_report(run.folder / "evaluation", report)
+    write_report(run.folder / "evaluation", report, "zh" if language == "zh" else "en")
     for sentence in lines(report):
         talk(sentence)
     return summary(report)
@@ -51,7 +51,7 @@ def working_dtype() -> str:
     return "bfloat16" if torch.cuda.is_available() or fused.usable() else "float32"
 
 
-def write_report(folder: Path, report: TaskReport) -> None:
+def write_report(folder: Path, report: TaskReport, language: Literal["en", "zh"] = "en") -> None:
     """evaluation.json, predictions.jsonl and the page, each whole or not at all."""
     from ratoon.store.atomic import write_json, write_text
 
@@ -59,6 +59,9 @@ def write_report(folder: Path, report: TaskReport) -> None:
     rows = [json.dumps(one.as_dict(report.task), ensure_ascii=False) for one in report.predictions]
     write_text(folder / "predictions.jsonl", "\n".join(rows) + "\n")
     write_json(folder / "evaluation.json", report.as_dict())
+    from ratoon.report.task_page import write_task_page
+
+    write_task_page(folder, language=language)
 
 
 def summary(report: TaskReport) -> dict[str, Any]:

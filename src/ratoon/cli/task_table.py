@@ -53,9 +53,11 @@ def show_task(
     console.print()
     judged = verdict(found, language)
     for part in _parts(found, language):
-        # A number is never cut: a table that needs more columns than there are gets them.
-        wide = console.options.update(width=10_000)
-        console.print(part, width=max(console.width, console.measure(part, options=wide).minimum), crop=False)
+        # A table that needs more columns than there are gets them.
+        console.width = 10_000
+        console.width = max(width or WIDTH, console.measure(part).minimum)
+        console.print(part)
+    console.width = width or WIDTH
     if not found.values:
         console.print(Text(phrase("nothing_measured", language)))
     for sentence in _sentences(found, language):
@@ -85,14 +87,14 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left:
     view = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, name in enumerate(head):
         text = number < left
-        # Long names fold; rich would rather break those of a few letters than let the numbers' columns shrink.
-        longest = max((cell_len(row[number]) for row in rows), default=0)
+        # Long names fold at 24 letters at the least; of numbers, and of what stands above them, nothing is cut.
+        longest = max(cell_len(one) for one in (name, *(row[number] for row in rows)))
         view.add_column(
             Text(name),
             justify="left" if text else "right",
             overflow="fold",
             no_wrap=not text,
-            min_width=min(longest, 24) if text else None,
+            min_width=min(longest, 24) if text else longest,
         )
     for row in rows:
         view.add_row(*(Text(cell) for cell in row))

@@ -100,8 +100,12 @@ class Parts:
     @property
     def seen_test_places(self) -> set[str]:
         """Places of test records that also stand in training, exactly or nearly."""
-        test = self.leaks.splits.get("test", ())
-        return {test[copy.row].place for copy in self.leaks.copies("test", "train")} if test else set()
+        test, train = (self.leaks.splits.get(name, ()) for name in ("test", "train"))
+        if not test or not train:
+            return set()
+        learned = {record.place for record in self.train}  # without those that were left out as copies
+        found = [copy for copy in self.leaks.copies("test", "train") if train[copy.other].place in learned]
+        return {test[copy.row].place for copy in found}
 
 
 def read_records(task: Task[Any], files: Sequence[str], settings: RecordSettings, ledger: TaskLedger) -> list[Any]:
@@ -271,10 +275,12 @@ def encode_records(
     room_tokens: int,
     too_long: TooLong,
     on_bad_row: Literal["refuse", "skip"] = "refuse",
+    unfit: list[Any] | None = None,
 ) -> list[Example]:
     """The records as examples, every row and token booked.
 
-    Raises `DataError` as the task does, with file and line; under `on_bad_row: skip` such rows are booked instead.
+    Raises `DataError` as the task does, with file and line; under `on_bad_row: skip` such rows are booked instead, and
+    put into `unfit`.
     """
     examples: list[Example] = []
     behind: list[bool] = []
@@ -286,6 +292,8 @@ def encode_records(
             if on_bad_row == "refuse":
                 raise
             ledger.drop_unread(error.found, record.place)
+            if unfit is not None:
+                unfit.append(record)
             continue
         ledger.receive(record, found.rendered_tokens)
         if not found.examples:
@@ -309,6 +317,39 @@ def encode_records(
         before = record if len(found.examples) == 1 else None
     ledger.check()
     return joined(examples, behind, room_tokens)[0] if any(behind) else examples
+
+
+def measurable(
+    task: Task[Any],
+    records: Sequence[Any],
+    tokenizer: Tokenizer,
+    ledger: TaskLedger,
+    *,
+    room_tokens: int,
+    too_long: TooLong,
+    on_bad_row: Literal["refuse", "skip"] = "refuse",
+) -> list[Any]:
+    """The records that can be put to a model of `room_tokens` places, in order: found out before it is trained.
+
+    Raises `DataError` as the task does, with file and line; under `on_bad_row: skip` such rows are booked instead.
+    """
+    head = task.head()
+    decoded = head is None and task.measure not in ("perplexity", "preference")
+    policy: TooLong = "split" if head is not None and head.kind in ("token", "span") else too_long
+    kept = []
+    for record in records:
+        try:
+            if decoded:
+                task.question(record, tokenizer, room_tokens=room_tokens)
+            else:
+                task.encode(record, tokenizer, room_tokens=room_tokens, too_long=policy)
+        except DataError as error:
+            if on_bad_row == "refuse":
+                raise
+            ledger.drop_unread(error.found, record.place)
+        else:
+            kept.append(record)
+    return kept
 
 
 def _learned(example: Example) -> int:

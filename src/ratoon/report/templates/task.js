@@ -18,7 +18,10 @@
   }
   function value(id) { var field = byId(id); return field ? field.value : ""; }
   function percent(share) { return (100 * share).toFixed(share > 0.0995 ? 0 : 1) + " %"; }
-  function digits(number) { return String(Math.round(number * 10000) / 10000); }
+  function digits(number) {
+    var places = Math.abs(number) > 1 ? 100 : 10000;
+    return String(Math.round(number * places) / places);
+  }
   function said(text) { return text === "" || text === null || text === undefined ? words.r_nothing : String(text); }
 
   rows.forEach(function (row) {
@@ -58,15 +61,15 @@
   function labelled(row) {
     var line = make("p", "outcome"), expected = row.expected === undefined ? [] : [].concat(row.expected);
     var answers = [].concat(row.answer === null ? [] : row.answer);
-    if (expected.length || row.wrong !== undefined) {
-      line.append(make("span", "soft", words.r_expected + " "));
-      (expected.length ? expected : [""]).forEach(function (label) { line.append(chip(label, "want")); });
-    }
-    line.append(make("span", "soft", " " + words.r_answer + " "));
+    var want = make("span", "group", make("span", "soft", words.r_expected));
+    (expected.length ? expected : [""]).forEach(function (label) { want.append(chip(label, "want")); });
+    if (row.wrong !== undefined) line.append(want);
+    var given = make("span", "group", make("span", "soft", words.r_answer));
     (answers.length ? answers : [""]).forEach(function (label) {
-      var right = row.wrong === undefined ? "open" : expected.indexOf(label) >= 0 || (label === "" && !expected.length) ? "hit" : "miss";
-      line.append(chip(label, right));
+      var right = expected.indexOf(label) >= 0 || (label === "" && !expected.length);
+      given.append(chip(label, row.wrong === undefined ? "open" : right ? "hit" : "miss"));
     });
+    line.append(given);
     return [line, folded(row.input), likely(row)];
   }
   function colour(type) { return "t" + data.types.indexOf(type) % 8; }
@@ -101,8 +104,8 @@
   }
   function numbered(row) {
     var line = make("p", "outcome");
-    if (row.expected !== undefined) line.append(make("span", "soft", words.r_expected + " "), chip(digits(row.expected), "want"));
-    line.append(make("span", "soft", " " + words.r_answer + " "), chip(row.answer === null ? "" : digits(row.answer), "open"));
+    if (row.expected !== undefined) line.append(make("span", "group", make("span", "soft", words.r_expected), chip(digits(row.expected), "want")));
+    line.append(make("span", "group", make("span", "soft", words.r_answer), chip(row.answer === null ? "" : digits(row.answer), "open")));
     if (row.off !== undefined) line.append(make("span", "soft", " " + words.r_error + " " + (row.off < 0 ? "−" : "+") + digits(Math.abs(row.off))));
     return [line, folded(row.input)];
   }

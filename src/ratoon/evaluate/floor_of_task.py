@@ -1,0 +1,89 @@
+"""The floors of a task: its records in the shapes that the cheap classics take, measured as the model is.
+
+Decides which shape a task's records have. How a floor works is `floor/`'s, what an answer is worth `task.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ratoon.base.errors import ConfigError
+from ratoon.evaluate.floor import kinds
+from ratoon.evaluate.floor.run import floors
+from ratoon.evaluate.metrics.value import Measured, compare
+from ratoon.evaluate.task import Prediction, TaskReport, measure
+from ratoon.tasks.contract import Task
+
+
+def shaped(task: Task[Any], records: Sequence[Any]) -> kinds.Data:
+    """The records as a floor takes them. Raises `ConfigError` for a task without floors."""
+    texts = [task.text(record) for record in records]
+    expected = [task.expected(record) for record in records]
+    if task.kind == "classification":
+        return kinds.Labelled(texts, expected)
+    if task.kind == "multi-label":
+        return kinds.LabelSets(texts, expected)
+    if task.kind in ("pairs", "pair-scoring"):
+        firsts, seconds = ([text.partition("\n")[side] for text in texts] for side in (0, 2))
+        if task.kind == "pairs":
+            return kinds.Pairs(firsts, seconds, expected)
+        return kinds.PairNumbers(firsts, seconds, expected)
+    if task.kind == "scoring":
+        groups = [record.group for record in records]
+        return kinds.Numbers(texts, expected, groups if any(groups) else None)
+    if task.kind == "tagging":
+        return kinds.Tagged([list(one.words) for one in records], [list(tags) for tags in expected])
+    if task.kind == "extractive":
+        return kinds.Questions(
+            [one.question for one in records], [one.context for one in records], [list(one.answers) for one in records]
+        )
+    if task.kind in ("translation", "summarization", "question-answering"):
+        return kinds.Sources(texts, [answers[0] for answers in expected])
+    raise ConfigError(
+        f"the task {task.kind} has no floor", where="--floor", fix="leave --floor out: its measure stands alone"
+    )
+
+
+def beside(report: TaskReport, training: Sequence[Any], *, language: str, seed: int = 1) -> list[dict[str, Any]]:
+    """The floors of the report's task, learned from `training` and measured on the report's records: name, what it is,
+    values, seconds, and the paired bootstrap of ours less it in the main figure."""
+    task, records = report.task, [one.record for one in report.predictions]
+    main = report.measured.values[0].name
+    found = []
+    for floor in floors(task.kind, shaped(task, training), shaped(task, records), language=language, seed=seed):
+        answers = [
+            Prediction(record, _answer(answer)) for record, answer in zip(records, floor.predictions, strict=True)
+        ]
+        measured = measure(task, answers, language)
+        found.append(
+            {
+                "name": floor.name,
+                "what": floor.what,
+                "values": [one.as_dict() for one in measured.values],
+                "seconds": floor.seconds,
+                "paired": compare(report.measured, measured, main).as_dict(),
+            }
+        )
+    return found
+
+
+def _answer(answer: Any) -> Any:
+    return tuple(answer) if isinstance(answer, list) else answer
+
+
+def sentence(measured: Measured, found: Sequence[dict[str, Any]]) -> str:
+    """Whether the model beats the best of its floors, said plainly."""
+    ours = measured.values[0]
+    sign = 1 if ours.higher_is_better else -1
+    best = max(found, key=lambda one: sign * (one["values"][0]["value"] or 0.0))
+    theirs, paired = best["values"][0]["value"], best["paired"]
+    interval = paired["interval"]
+    if ours.value is None or theirs is None or interval is None:
+        return f"{ours.name} is undefined: nothing can be said about the floor"
+    ahead, behind = (interval[0] > 0, interval[1] < 0) if sign > 0 else (interval[1] < 0, interval[0] > 0)
+    word = "beats" if ahead else "does NOT beat" if behind else "cannot be told from"
+    return (
+        f"the model {word} the best floor, {best['name']} ({best['what']}): {ours.name} {ours.value:.4f} against "
+        f"{theirs:.4f}, difference {paired['difference']:+.4f} [{interval[0]:+.4f}, {interval[1]:+.4f}]"
+    )
