@@ -215,7 +215,13 @@ class _Job(Job):
         self.world.wait()
 
     def page(self) -> None:
-        """The run's page: how it learned, and what was measured."""
+        """The run's page, where something was measured: how good the model is, how sure that is, and where it errs."""
+        from ratoon.store.atomic import write_bytes
+
+        measured = self.run.folder / "evaluation" / "report.html"
+        if measured.is_file():
+            write_bytes(self.run.report, measured.read_bytes())
+            self.talk(f"page: {self.run.report}")
 
     # -- model and method ------------------------------------------------------------------------------------------
 
