@@ -36,6 +36,9 @@ def measure_run(run: Run, task: Task[Any], parts: Parts, *, language: str, talk:
         seen_places=parts.seen_test_places, progress=progress("records"),
     )  # fmt: skip
     report.facts |= {"model": run.name, "seconds": time.perf_counter() - began, "dtype": working_dtype()}
+    ledger = run.folder / "ledger.json"
+    if ledger.is_file():
+        report.facts["ledger"] = json.loads(ledger.read_text(encoding="utf-8"))
     write_report(run.folder / "evaluation", report, "zh" if language == "zh" else "en")
     for sentence in lines(report):
         talk(sentence)
