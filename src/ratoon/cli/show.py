@@ -36,7 +36,9 @@ def show_records(recipe: TuneRecipe, count: int, *, as_json: bool) -> None:
         )
     tokenizer = tokenizer_of(name)
     material = read_material(recipe, tokenizer, talk, leading=method.virtual_tokens)
-    places = {record.id: record.place for record in material.parts.train}
+    places: dict[str, list[str]] = {}
+    for record in material.parts.train:
+        places.setdefault(record.id, []).append(record.place)
     head = material.task.head()
     labels = () if head is None or head.problem == "number" else head.labels
     found: list[dict[str, Any]] = []
@@ -45,7 +47,7 @@ def show_records(recipe: TuneRecipe, count: int, *, as_json: bool) -> None:
             part: [token._asdict() for token in tokens]
             for part, tokens in show_parts(example, tokenizer, labels).items()
         }
-        found.append({"id": example.name, "place": places.get(example.name, ""), **shown})
+        found.append({"id": example.name, "place": " or ".join(places.get(example.name, [])[:3]), **shown})
     if as_json:
         answer_json({"examples": found})
         return
