@@ -26,7 +26,7 @@ DEFAULT_CONTEXT_TOKENS = 1024
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", required=False)
 @click.argument("files", nargs=-1, metavar="[FILE]…")
 @click.option("--pairs", metavar="FILE.jsonl", help="Score continuations: lines of {context, continuation}.")
 @click.option(
@@ -48,6 +48,7 @@ DEFAULT_CONTEXT_TOKENS = 1024
 @click.option(
     "--on-bad-row", type=click.Choice(["refuse", "skip"]), default="refuse", help="skip: leave such rows out, counted."
 )
+@click.option("--suite", type=click.Choice(["clue"]), help="Measure the runs of a suite's recipes in one table.")
 @click.option("--floor", is_flag=True, help="Task: put the cheap classics beside the model, and say who wins.")
 @click.option("--robust", is_flag=True, help="Task: what typos, homophones and the like cost, by strength.")
 @click.option("--perturb", metavar="NAME,…", help="Task: only these perturbations; read with --robust.")
@@ -61,7 +62,7 @@ DEFAULT_CONTEXT_TOKENS = 1024
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON.")
 def command(
-    model: str,
+    model: str | None,
     files: tuple[str, ...],
     pairs: str | None,
     context_tokens: int | None,
@@ -73,6 +74,7 @@ def command(
     split_documents: str,
     encoding: str,
     on_bad_row: Literal["refuse", "skip"],
+    suite: str | None,
     floor: bool,
     robust: bool,
     perturb: str | None,
@@ -103,6 +105,13 @@ def command(
             raise ConfigError(f"{name} has no effect with --pairs", where="command line", fix=f"leave out {name}")
     if pairs is None and shorten is not None:
         raise ConfigError("--shorten has no effect without --pairs", where="command line", fix="leave out --shorten")
+    if suite is not None:
+        from ratoon.cli.clue import run_suite
+
+        run_suite(model, out, limit_rows, as_json=as_json)
+        return
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL'.")
     asked = _asked(floor, robust, perturb, strengths, attack, against, limit_rows, out)
     lm = load_model(model, dtype, device)
     if isinstance(lm.facts.get("task"), dict) and pairs is None:

@@ -36,8 +36,27 @@ class Asked:
 
 def evaluate_task_model(lm: LanguageModel, files: Sequence[str], asked: Asked, *, as_json: bool) -> None:
     """Measure a task model on its run's test rows, or on files of the same form, and say or print everything."""
-    from ratoon.cli.measure import progress, task_of_model, write_report
+    from ratoon.cli.measure import write_report
     from ratoon.cli.output import answer, answer_json, talk
+
+    recipe = _recipe_of(lm)
+    report = measured_model(lm, files, asked)
+    folder = asked.out or _folder_of(lm)
+    write_report(folder, report, "zh" if recipe.language == "zh" else "en")
+    found = report.as_dict()
+    if as_json:
+        answer_json(found)
+        return
+    from ratoon.cli.task_table import show_task
+
+    answer(show_task(found, language="zh" if recipe.language == "zh" else "en"))
+    talk(f"page: {folder / 'report.html'}")
+
+
+def measured_model(lm: LanguageModel, files: Sequence[str], asked: Asked) -> TaskReport:
+    """The model measured on its run's test rows, or on files of the same form, with what is asked for beside."""
+    from ratoon.cli.measure import progress, task_of_model
+    from ratoon.cli.output import talk
     from ratoon.evaluate.task import evaluate_task
 
     task = task_of_model(lm)
@@ -63,16 +82,7 @@ def evaluate_task_model(lm: LanguageModel, files: Sequence[str], asked: Asked, *
         report.facts["attack"] = _attack(lm, report, asked.attack_queries)
     if asked.against is not None:
         report.facts["against"] = [_against(report, asked.against, language)]
-    folder = asked.out or _folder_of(lm)
-    write_report(folder, report, "zh" if recipe.language == "zh" else "en")
-    found = report.as_dict()
-    if as_json:
-        answer_json(found)
-        return
-    from ratoon.cli.task_table import show_task
-
-    answer(show_task(found, language="zh" if recipe.language == "zh" else "en"))
-    talk(f"page: {folder / 'report.html'}")
+    return report
 
 
 def _recipe_of(lm: LanguageModel) -> TuneRecipe:

@@ -1,0 +1,119 @@
+"""The CLUE suite: submissions in the forms of its site, and the verb over the runs that are here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import little_tasks
+from little_tasks import rows_of, table, write
+from ratoon.cli.main import run as ratoon
+from ratoon.evaluate.clue import PARTS, TNEWS_CODES, entities, submission
+from ratoon.evaluate.task import Prediction
+from ratoon.recipe import shipped
+from ratoon.tasks.registry import task_of
+
+BY_NAME = {part.name: part for part in PARTS}
+
+
+def predictions(task: dict[str, Any], rows: list[dict[str, Any]], answers: list[Any]) -> list[Prediction]:
+    made = task_of(task)
+    records = [made.record(row, f"dev.json:{number + 1}") for number, row in enumerate(rows)]
+    return [Prediction(record, answer) for record, answer in zip(records, answers, strict=True)]
+
+
+def lines(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_every_part_has_a_recipe() -> None:
+    assert {part.recipe for part in PARTS} <= shipped().keys()
+    for part in PARTS:
+        assert yaml.safe_load(shipped()[part.recipe].read_text(encoding="utf-8"))["name"] == part.recipe
+
+
+def test_topics_get_their_numbers() -> None:
+    row = {"label": "104", "label_desc": "news_finance", "sentence": "股市", "keywords": ""}
+    task = {"kind": "classification", "fields": {"label": "label_desc"}}
+    found = lines(
+        submission(BY_NAME["TNEWS"], predictions(task, [row, {**row, "id": 7}], ["news_finance", "news_car"]))
+    )
+    assert found == [
+        {"id": 0, "label": "104", "label_desc": "news_finance"},
+        {"id": 7, "label": "107", "label_desc": "news_car"},
+    ]
+    assert len(set(TNEWS_CODES.values())) == 15
+
+
+def test_the_numbers_are_those_of_the_files(shared_data: Path) -> None:
+    import gzip
+
+    with gzip.open(shared_data / "clue" / "tnews" / "dev.json.gz", "rt", encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            assert TNEWS_CODES[row["label_desc"]] == row["label"]
+
+
+def test_pairs_and_answers() -> None:
+    rows = [{"sentence1": "甲", "sentence2": "乙", "label": "0"}, {"sentence1": "丙", "sentence2": "丁", "label": "1"}]
+    assert lines(submission(BY_NAME["AFQMC"], predictions({"kind": "pairs"}, rows, ["1", "0"]))) == [
+        {"id": 0, "label": "1"},
+        {"id": 1, "label": "0"},
+    ]
+    row = {
+        "id": "DEV_0_QUERY_0",
+        "question": "谁？",
+        "context": "是他。",
+        "answers": [{"text": "他", "answer_start": 1}],
+    }
+    found = submission(BY_NAME["CMRC2018"], predictions({"kind": "extractive"}, [row], ["他"]))
+    assert json.loads(found) == {"DEV_0_QUERY_0": "他"}
+
+
+def test_entities_go_back_into_their_form(shared_data: Path) -> None:
+    import gzip
+
+    assert entities("ab c", ["B-x", "I-x", "O", "B-y"]) == {"x": {"ab": [[0, 1]]}, "y": {"c": [[3, 3]]}}
+    made = task_of({"kind": "tagging", "join": ""})
+    with gzip.open(shared_data / "clue" / "cluener2020" / "dev.json.gz", "rt", encoding="utf-8") as file:
+        for number, row in enumerate(map(json.loads, file)):
+            record = made.record(row, str(number))
+            back = entities(record.words, record.tags)
+            wanted = {kind: {s: sorted(at) for s, at in found.items()} for kind, found in row["label"].items()}
+            assert {kind: {s: sorted(at) for s, at in found.items()} for kind, found in back.items()} == wanted
+
+
+@pytest.fixture
+def place(own_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    shutil.copytree(little_tasks.base(tmp_path_factory.mktemp("base") / "base"), own_folder / "base")
+    yield own_folder
+    torch.set_num_threads(threads)
+
+
+def test_the_suite_measures_the_runs_that_are_here(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(place / "rows.jsonl", rows_of("pairs"))
+    Path("recipe.yaml").write_text(yaml.safe_dump(table("pairs", name="clue-afqmc")), encoding="utf-8")
+    assert ratoon(["finetune", "recipe.yaml"]) == 0
+    capsys.readouterr()
+    assert ratoon(["evaluate", "--suite", "clue", "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert [one["part"] for one in found["parts"]] == ["AFQMC"]
+    written = lines(Path("runs/clue/afqmc_predict.json").read_text(encoding="utf-8"))
+    assert len(written) == found["parts"][0]["n"] and written[0].keys() == {"id", "label"}
+    assert "`ratoon finetune clue-tnews` makes it" in said.err
+    assert ratoon(["evaluate", "--suite", "clue"]) == 0
+    assert "AFQMC" in capsys.readouterr().out
+
+
+def test_no_run_of_the_suite(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ratoon(["evaluate", "--suite", "clue"]) == 2
+    assert "no run of the suite is here" in capsys.readouterr().err
+    assert ratoon(["evaluate"]) == 2
