@@ -142,7 +142,6 @@ PHRASES: dict[str, tuple[str, str]] = {
     "more_pairs": ("All {n} confusions", "全部 {n} 种混淆"),
     "whole_matrix": ("The whole matrix ({n} × {n})", "完整矩阵（{n} × {n}）"),
     "no_confusion": ("Nothing was confused.", "没有混淆。"),
-    "scroll_hint": ("Wider than the window: scroll sideways.", "表格较宽：可左右滚动。"),
     # -- calibration -------------------------------------------------------------------------------------------
     "calibration_note": (
         "How often the model is right when it is so sure. On the dashed line it is as right as it is sure; above, it "
@@ -228,7 +227,6 @@ PHRASES: dict[str, tuple[str, str]] = {
     "fate_dropped": ("Dropped", "舍弃"),
     "fate_duplicate": ("Duplicate", "重复"),
     "fate_masked": ("Masked", "遮蔽"),
-    "fate_learned": ("Used", "使用"),
     "reasons": ("Reasons ({n})", "原因（{n}）"),
     "col_reason": ("Reason", "原因"),
     "col_first": ("First places", "首批位置"),
