@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import string
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,10 @@ def test_records_are_searched_filtered_and_sorted(browser: Browser, folders: dic
 def test_a_confusion_leads_to_its_records(browser: Browser, folders: dict[str, Path]) -> None:
     lines = lines_of(folders["classification"])
     browser.open(write_task_page(folders["classification"]))
-    button = "document.querySelector('[data-expected]:not([hidden])')"
+    wrong = Counter((one["expected"], one["answer"]) for one in lines if one["expected"] != one["answer"])
+    kinds = Counter(expected for expected, _ in wrong)
+    expected, answer = next(pair for pair in wrong if kinds[pair[0]] > 1 and "intent" in "".join(pair))
+    button = f"document.querySelector('[data-expected={json.dumps(expected)}][data-answer={json.dumps(answer)}]')"
     pair = browser.run(
         f"[{button}.dataset.expected, {button}.dataset.answer, +{button}.closest('tr').cells[2].textContent]"
     )
@@ -203,6 +207,17 @@ def test_entities_are_marked_on_their_words_and_what_differs_is_framed(
 
 
 @in_browser
+def test_sentences_of_most_wrong_entities_come_first(browser: Browser, folders: dict[str, Path]) -> None:
+    browser.open(write_task_page(folders["tagging"]))
+    off = {}
+    for one in lines_of(folders["tagging"]):
+        there, found = (set(tagging_metrics.spans(one[key])) for key in ("expected", "answer"))
+        off[one["place"]] = len(there - found) + len(found - there)
+    seen = [off[place] for place in listed(browser)]
+    assert len(set(seen)) > 1 and seen == sorted((count for count in off.values() if count), reverse=True)[:25]
+
+
+@in_browser
 def test_long_texts_are_folded_and_open(browser: Browser, folders: dict[str, Path]) -> None:
     browser.open(write_task_page(folders["answers"]))
     high = "document.querySelector('#list .text').getBoundingClientRect().height"
@@ -231,6 +246,12 @@ def test_it_can_be_read_without_its_script(browser: Browser, folders: dict[str, 
         assert "need JavaScript" in text and "intent_03" in text and browser.complaints() == []
     finally:
         browser.call("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_no_tag_can_begin_in_the_data_of_the_script(folders: dict[str, Path]) -> None:
+    page = write_task_page(folders["classification"]).read_text("utf-8")
+    data = page.split('<script type="application/json" id="rows">')[1].split("</script>")[0]
+    assert "<" not in data and json.loads(data)["rows"][0]["input"] == f"{HOSTILE} number 0"
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------
@@ -396,8 +417,13 @@ def test_no_number_of_a_table_is_cut(folders: dict[str, Path], width: int) -> No
                 assert task_phrases.shown(one["value"]) in text, (name, one["name"])
         for one in found["tables"].get("per_entity", []):
             assert re.search(rf"{re.escape(one['label'])} +{one['precision']:.4f} +{one['recall']:.4f} ", text)
-    text = show_task(facts(folders["classification"]), width=width)
-    assert "134,000,000" in text and "[red]majority" in text
+    found = facts(folders["classification"])
+    text = show_task(found, width=width)
+    for name, one in [("Accuracy", found["values"][0]), ("full $x$", found["methods"][0])]:
+        low, high = (task_phrases.shown(end) for end in one["interval"])
+        value = task_phrases.shown(one["value"])
+        assert re.search(rf"^ {re.escape(name)} +{value} +\[{low}, {high}\] ", text, re.M), name
+    assert "134,000,000" in text and re.search(r"^ \[red\]majority ", text, re.M)
 
 
 def test_the_tables_are_plain_text_unless_colour_is_wanted(folders: dict[str, Path]) -> None:
