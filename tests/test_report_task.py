@@ -18,16 +18,19 @@ import pytest
 from made_evaluations import FEW, HOSTILE, MAKERS, Lines, make_classification
 from ratoon.base.errors import ArtifactError
 from ratoon.base.seeds import stream
+from ratoon.cli.measure import write_report
 from ratoon.cli.task_table import show_task
 from ratoon.evaluate.metrics import tagging as tagging_metrics
 from ratoon.evaluate.metrics.answers import answers
 from ratoon.evaluate.metrics.classification import classification
 from ratoon.evaluate.metrics.likelihood import perplexity
 from ratoon.evaluate.metrics.numbers import scores
+from ratoon.evaluate.task import Prediction, TaskReport, measure
 from ratoon.report import task_phrases, task_rows
 from ratoon.report.phrases import PHRASES as SHARED
 from ratoon.report.task_page import render_task, write_task_page
 from ratoon.report.task_records import Evaluation
+from ratoon.tasks.registry import task_of
 from test_report_browser import CHROMIUM, CONTRAST, Browser
 
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (RATOON_CHROMIUM names one)")
@@ -387,6 +390,23 @@ def test_entities_are_read_as_the_metric_reads_them() -> None:
 )
 def test_the_words_that_tags_stand_on(line: dict[str, Any], words: list[str], joined: str) -> None:
     assert task_rows._words(line, 3) == (words, joined)
+
+
+def test_lines_say_what_each_record_came_to_and_the_words_of_tags(tmp_path: Path) -> None:
+    """Words of several characters with nothing between them cannot be found in the text again."""
+    task = task_of({"kind": "tagging", "join": ""})
+    rows = [{"words": ["北京", "很", "大"], "tags": ["B-LOC", "O", "O"]}, {"words": ["好"], "tags": ["O"]}]
+    records = [task.record(row, f"f:{number}") for number, row in enumerate(rows)]
+    task.settle(records)
+    predictions = [Prediction(one, ("O",) * len(one.words)) for one in records]
+    write_report(tmp_path, TaskReport(task, predictions, measure(task, predictions, "zh", **FEW)))
+    first, second = lines_of(tmp_path)
+    assert first["words"] == rows[0]["words"] and first["scores"] == {"entity_f1": 0.0, "token_accuracy": 0.666667}
+    assert second["scores"] == {"entity_f1": 1.0, "token_accuracy": 1.0}
+    found = task_rows.browser(Evaluation.read(tmp_path))
+    assert (
+        found is not None and found.rows[0]["words"] == rows[0]["words"] and found.rows[0]["there"] == [(0, 1, "LOC")]
+    )
 
 
 def test_of_many_records_errors_are_held_first(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

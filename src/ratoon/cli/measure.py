@@ -59,12 +59,24 @@ def write_report(folder: Path, report: TaskReport, language: Literal["en", "zh"]
     from ratoon.store.atomic import write_json, write_text
 
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [json.dumps(one.as_dict(report.task), ensure_ascii=False) for one in report.predictions]
+    rows = [json.dumps(_line(report, place), ensure_ascii=False) for place in range(len(report.predictions))]
     write_text(folder / "predictions.jsonl", "\n".join(rows) + "\n")
     write_json(folder / "evaluation.json", report.as_dict())
     from ratoon.report.task_page import write_task_page
 
     write_task_page(folder, language=language)
+
+
+def _line(report: TaskReport, place: int) -> dict[str, Any]:
+    """A prediction with what its record came to, and with the words that its tags stand on."""
+    prediction, each = report.predictions[place], report.measured.per_record
+    line = prediction.as_dict(report.task)
+    words = getattr(prediction.record, "words", None)
+    if words is not None:
+        line["words"] = list(words)
+    if each:
+        line["scores"] = {name: round(float(values[place]), 6) for name, values in each.items()}
+    return line
 
 
 def summary(report: TaskReport) -> dict[str, Any]:
