@@ -158,7 +158,9 @@ def _robust(lm: LanguageModel, report: TaskReport, asked: Asked, language: str) 
     for curve in found.as_dict()["curves"]:
         if isinstance(curve, dict) and curve.get("points"):
             last = curve["points"][-1]
-            talk(f"{curve['name']}: {last.get('value')} at strength {last.get('strength')}")
+            value = last["score"]["value"]
+            shown = "undefined" if value is None else f"{value:.4f}"
+            talk(f"{curve['name']}: {shown} at strength {last['strength']:g}")
     return found.as_dict()
 
 
