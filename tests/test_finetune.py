@@ -170,6 +170,47 @@ def ratoon_fails(recipe: dict[str, Any], *arguments: str) -> tuple[str, int]:
     return caught.value.found, caught.value.exit_code
 
 
+# -- the best step -----------------------------------------------------------------------------------------------------
+
+
+def best_at(monkeypatch: pytest.MonkeyPatch, best: int) -> None:
+    """Let the validation find the model of one step the best."""
+    from ratoon.evaluate.validate import Validation
+
+    def callback(*_: Any, **__: Any) -> Any:
+        return lambda step, model: {"loss": 1.0, "choose": float(abs(step - best))}
+
+    monkeypatch.setattr(Validation, "callback", callback)
+
+
+def test_what_is_saved_is_the_best_step(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(place / "rows.jsonl", rows_of("classification"))
+    told = {"train__steps": 6, "train__evaluate_every_steps": 1, "epochs": None, "method": {"kind": "full"}}
+    best_at(monkeypatch, 3)
+    assert finetune(table("classification", **told)) == 0
+    found = state()
+    assert found["step"] == 3 and found["steps"] == 6 and found["best"]["step"] == 3
+    saved = load_file("runs/tuned/model/model.safetensors")["score.weight"]
+    kept = {step: load_file(f"runs/tuned/checkpoints/step-0000000{step}/weights.safetensors") for step in (3, 6)}
+    assert torch.equal(saved, kept[3]["task_head.score.weight"])
+    assert not torch.equal(saved, kept[6]["task_head.score.weight"])
+
+
+@pytest.mark.parametrize("best", [2, 6])
+def test_adalora_ends_with_the_rank_that_was_asked_for(
+    best: int, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(place / "rows.jsonl", rows_of("classification"))
+    method = {"kind": "adalora", "rank": 1, "initial_rank": 3, "every_steps": 1, "final_fraction": 0.4}
+    told = {"train__steps": 6, "train__evaluate_every_steps": 1, "epochs": None, "method": method}
+    best_at(monkeypatch, best)
+    assert finetune(table("classification", **told)) == 0
+    found = state()["method_facts"]
+    assert found["budget_reached"] and found["rank_in_all"] == found["rank_asked_for"]
+    assert state()["step"] == 6
+    assert ("its ranks were not reduced yet" in capsys.readouterr().err) == (best == 2)
+
+
 # -- resuming ----------------------------------------------------------------------------------------------------------
 
 

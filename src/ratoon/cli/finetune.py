@@ -422,7 +422,7 @@ class _Job(Job):
             f"trained {result.steps:,} steps, {result.tokens:,} learned places ({loader.passes(result.steps):.1f} "
             f"epochs) in {result.seconds:,.0f} s"
         )
-        self.state(passes=loader.passes(result.steps), seconds=result.seconds, method_facts=method.facts(lm.model))
+        self.state(passes=loader.passes(result.steps), seconds=result.seconds)
         return result
 
     def _objective(self, lm: LanguageModel, material: Material, loader: ExampleLoader, settings: TrainSettings) -> Any:
@@ -472,14 +472,9 @@ class _Job(Job):
         result: Result,
     ) -> None:
         """Write the best model or adapter, measure it on the test records as it was saved, write the page."""
-        from ratoon.adapt.contract import Method, trained
-        from ratoon.train import checkpoint
+        from ratoon.adapt.contract import Method
 
-        step = result.best_step or result.steps
-        if step != result.steps:
-            folder = self.run.checkpoints / checkpoint.folder_name(step)
-            checkpoint.put_weights({**trained(lm.model)}, checkpoint.load_weights(folder), folder)
-            self.talk(f"the model is that of step {step:,}, the best on the validation rows")
+        step = self._best(lm, method, result)
         facts = {
             "task": material.task.facts(),
             "chat": lm.facts.get("chat", True) if material.task.kind != "dialogue" else True,
@@ -505,6 +500,33 @@ class _Job(Job):
         self.state(next_commands=commands)
         self.page()
         self.talk("next:\n  " + "\n  ".join(commands))
+
+    def _best(self, lm: LanguageModel, method: Method, result: Result) -> int:
+        """Let the model be that of the best step on the validation rows; returns the step. A method whose schedule of
+        ranks had not come to its end there keeps the last step: its adapter would have more than was asked for."""
+        step = result.best_step or result.steps
+        if step != result.steps:
+            self._take(lm, method, step)
+            if method.facts(lm.model).get("budget_reached") is False:
+                self._take(lm, method, result.steps)
+                self.talk(f"step {step:,} was the best on the validation rows, but its ranks were not reduced yet")
+                step = result.steps
+            else:
+                self.talk(f"the model is that of step {step:,}, the best on the validation rows")
+        self.state(method_facts=method.facts(lm.model))
+        return step
+
+    def _take(self, lm: LanguageModel, method: Method, step: int) -> None:
+        """Weights and the method's own state of a step's checkpoint."""
+        from ratoon.adapt.contract import trained
+        from ratoon.train import checkpoint
+        from ratoon.train.loop import METHOD
+
+        folder = self.run.checkpoints / checkpoint.folder_name(step)
+        checkpoint.put_weights({**trained(lm.model)}, checkpoint.load_weights(folder), folder)
+        _, optimizer, _ = checkpoint.load(folder)
+        own = {name.removeprefix(METHOD): value for name, value in optimizer.items() if name.startswith(METHOD)}
+        method.load_state(own)
 
     def _write(self, lm: LanguageModel, method: Method, parents: list[Any], facts: dict[str, Any]) -> Any:
         """The run's model: a whole one where all is trained or the adapter was merged, else the adapter."""
