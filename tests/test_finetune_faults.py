@@ -128,9 +128,13 @@ def test_a_label_that_training_does_not_have(kind: str, place: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["classification", "tagging"])
 def test_a_training_row_with_a_label_that_was_not_told(kind: str, place: Path) -> None:
-    told = ["odd", "other"] if kind == "classification" else ["O", "B-X"]
-    said = error(table(kind, task__labels=told), rows_of(kind))
-    assert "is not known" in said.found and said.exit_code == 2
+    told = ["odd", "even"] if kind == "classification" else ["O", "B-X", "B-Y"]
+    never = {"label": "never"} if kind == "classification" else {"tags": ["O", "O", "B-Z"]}
+    write(place / "other.jsonl", rows_of(kind)[:4])
+    recipe = table(kind, task__labels=told)
+    recipe["data"] = {"train": ["rows.jsonl"], "validation": ["other.jsonl"], "duplicates": "keep"}
+    said = error(recipe, changed(kind, 9, **never))
+    assert "is not known" in said.found and str(said.where) == "rows.jsonl:10"
 
 
 def test_labels_that_a_split_lacks_are_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
