@@ -141,3 +141,161 @@ def test_options_of_tasks_on_a_model_without_one(place: Path, capsys: pytest.Cap
     write(place / "a.jsonl", [{"text": "a text of some words"}])
     assert ratoon(["evaluate", "base", "a.jsonl", "--floor"]) == 2
     assert "was not fine-tuned for a task" in capsys.readouterr().err
+
+
+def test_rows_of_a_file_beside_a_run_whose_test_rows_were_a_share(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned("classification", place)
+    tested = (place / "runs/tuned/evaluation/predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in tested]
+    write(place / "same.jsonl", [{"text": row["input"], "label": row["expected"]} for row in rows])
+    found = measured(capsys, "tuned", "same.jsonl")
+    assert found["n"] == len(rows) and "copies_of_training" not in found, "the run did not learn from its test rows"
+    (place / "rows.jsonl").unlink()
+    capsys.readouterr()
+    assert ratoon(["evaluate", "tuned", "same.jsonl"]) == 0
+    assert "training rows are not here" in capsys.readouterr().err
+    assert ratoon(["evaluate", "tuned", "same.jsonl", "--floor"]) == 2
+
+
+HIDDEN = {
+    "classification": "label", "multi-label": "labels", "tagging": "tags", "pairs": "label", "pair-scoring": "score",
+    "scoring": "score", "extractive": "answers", "question-answering": "answer", "translation": "zh",
+    "summarization": "summary",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_rows_without_answers_are_answered_as_rows_with_them(
+    kind: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned(kind, place)
+    rows = rows_of(kind)[:6]
+    write(place / "known.jsonl", rows)
+    write(place / "hidden.jsonl", [{key: row[key] for key in row if key != HIDDEN[kind]} for row in rows])
+    measured(capsys, "tuned", "known.jsonl", "--out", "known")
+    found = measured(capsys, "tuned", "hidden.jsonl", "--unlabelled", "--out", "hidden")
+    known, hidden = (
+        [json.loads(line) for line in (place / name / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("known", "hidden")
+    )
+    assert found["n"] == 6 and not any("expected" in row for row in hidden)
+    assert [row["answer"] for row in hidden] == [row["answer"] for row in known]
+    assert not (place / "hidden/evaluation.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["generation", "dialogue"])
+def test_tasks_that_need_the_answer_say_so(kind: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned(kind, place)
+    assert ratoon(["evaluate", "tuned", "rows.jsonl", "--unlabelled"]) == 2
+    assert "reads no row without its answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["multi-label", "tagging", "pairs", "extractive", "question-answering"])
+def test_robustness_of_every_shape_of_record(kind: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned(kind, place, 40)
+    found = measured(capsys, "tuned", "--robust", "--perturb", "typos,case", "--strengths", "0.5")
+    assert [curve["name"] for curve in found["robust"]["curves"]] == ["typos", "case"]
+    for curve in found["robust"]["curves"]:
+        assert curve["points"][0]["score"]["value"] == pytest.approx(found["values"][0]["value"])
+        assert curve["points"][1]["n_changed"] > 0
+    examples = [one for curve in found["robust"]["curves"] for one in curve["examples"]]
+    rows = (place / "runs/tuned/evaluation/predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    for one in examples:
+        assert one["text"] == json.loads(rows[one["record"]])["input"]
+        assert one["perturbed"] != one["text"]
+        if kind == "extractive":
+            assert one["perturbed"].split("\n")[1:] == one["text"].split("\n")[1:], "the text to search in stays"
+
+
+def test_a_perturbed_text_is_graded_on_the_scale_of_its_own_group(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**row, "set": "ab"[number % 2], "score": number % 5 + 50 * (number % 2)}
+            for number, row in enumerate(rows_of("scoring", 40))]  # fmt: skip
+    write(place / "rows.jsonl", rows)
+    Path("recipe.yaml").write_text(yaml.safe_dump(table("scoring", task__group="set")), encoding="utf-8")
+    assert ratoon(["finetune", "recipe.yaml"]) == 0
+    found = measured(capsys, "tuned", "--robust", "--perturb", "case", "--strengths", "1")
+    (curve,) = found["robust"]["curves"]
+    assert curve["points"][0]["score"]["value"] == pytest.approx(found["values"][0]["value"])
+    assert curve["points"][1]["score"]["value"] > 0.9, "groups lie 50 apart, whatever the text"
+
+
+@pytest.mark.parametrize("kind", ["generation", "preference"])
+def test_robustness_needs_an_answer(kind: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned(kind, place)
+    assert ratoon(["evaluate", "tuned", "--robust"]) == 2
+    assert "answers no text" in capsys.readouterr().err
+
+
+def test_tags_bear_no_change_in_the_number_of_words(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned("tagging", place)
+    assert ratoon(["evaluate", "tuned", "--robust", "--perturb", "spacing"]) == 2
+    assert "number of words" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--stride", "4"], "--stride has no effect on a model that was fine-tuned for classification"),
+        (["--on-bad-row", "skip"], "--on-bad-row has no effect"),
+        (["--data", "."], "--data has no effect without --suite"),
+        (["--models", "a=b"], "--models has no effect without --suite"),
+        (["--unlabelled"], "name a file"),
+        (["rows.jsonl", "--unlabelled", "--floor"], "--floor needs answers"),
+        (["--pairs", "p.jsonl", "--robust"], "--robust has no effect with --pairs"),
+    ],
+)
+def test_options_that_nothing_would_read(
+    options: list[str], words: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned("classification", place)
+    assert ratoon(["evaluate", "tuned", *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_measured_again_the_run_keeps_its_ledger(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned("classification", place)
+    wanted = json.loads((place / "runs/tuned/ledger.json").read_text(encoding="utf-8"))
+    assert measured(capsys, "tuned")["ledger"] == wanted
+    assert "ledger" not in measured(capsys, "tuned", "rows.jsonl", "--out", "others")
+
+
+def test_everything_beside_the_measures_cuts_as_the_run_did(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Texts longer than the model's context that differ at their end only: cut on the other side, all are one."""
+    text = "the same words again and again, "
+    rows = [{"text": text * 6 + ("GOOD" if i % 2 else "bad") + f" {i}", "label": "ab"[i % 2]} for i in range(60)]
+    write(place / "rows.jsonl", rows)
+    recipe = table("classification", epochs=8, train__learning_rate=0.02)
+    recipe["data"] |= {"too_long": "cut-left", "most_lost_fraction": 1, "near": 1.0}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert ratoon(["finetune", "recipe.yaml"]) == 0
+    found = measured(capsys, "tuned", "--robust", "--perturb", "case", "--strengths", "0", "--attack", "1",
+                     "--against", "tuned")  # fmt: skip
+    value = found["values"][0]["value"]
+    assert value > 0.8, "learned from the end of the texts"
+    assert found["robust"]["clean"]["value"] == pytest.approx(value)
+    assert found["attack"]["accuracy_before"] == pytest.approx(value)
+    assert found["against"][0]["other"] == pytest.approx(value)
+
+
+def test_two_models_are_compared_in_one_precision(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ratoon.generate import lm
+
+    tuned("classification", place)
+    seen: list[torch.dtype] = []
+    real = lm.load
+
+    def load(*arguments: Any, **told: Any) -> Any:
+        found = real(*arguments, **told)
+        seen.append(found.model.head_weight().dtype)
+        return found
+
+    monkeypatch.setattr(lm, "load", load)
+    for dtype in ("float32", "bfloat16"):
+        measured(capsys, "tuned", "--against", "tuned", "--dtype", dtype)
+        assert seen[-2:] == [getattr(torch, dtype)] * 2

@@ -22,9 +22,11 @@ from ratoon.tasks.registry import task_of
 BY_NAME = {part.name: part for part in PARTS}
 
 
-def predictions(task: dict[str, Any], rows: list[dict[str, Any]], answers: list[Any]) -> list[Prediction]:
+def predictions(
+    task: dict[str, Any], rows: list[dict[str, Any]], answers: list[Any], first_line: int = 1
+) -> list[Prediction]:
     made = task_of(task)
-    records = [made.record(row, f"dev.json:{number + 1}") for number, row in enumerate(rows)]
+    records = [made.record(row, f"dev.json:{number}") for number, row in enumerate(rows, start=first_line)]
     return [Prediction(record, answer) for record, answer in zip(records, answers, strict=True)]
 
 
@@ -42,10 +44,10 @@ def test_topics_get_their_numbers() -> None:
     row = {"label": "104", "label_desc": "news_finance", "sentence": "股市", "keywords": ""}
     task = {"kind": "classification", "fields": {"label": "label_desc"}}
     found = lines(
-        submission(BY_NAME["TNEWS"], predictions(task, [row, {**row, "id": 7}], ["news_finance", "news_car"]))
+        submission(BY_NAME["TNEWS"], predictions(task, [row, {**row, "id": 7}], ["news_finance", "news_car"], 5))
     )
     assert found == [
-        {"id": 0, "label": "104", "label_desc": "news_finance"},
+        {"id": 4, "label": "104", "label_desc": "news_finance"},
         {"id": 7, "label": "107", "label_desc": "news_car"},
     ]
     assert len(set(TNEWS_CODES.values())) == 15
@@ -111,6 +113,75 @@ def test_the_suite_measures_the_runs_that_are_here(place: Path, capsys: pytest.C
     assert "`ratoon finetune clue-tnews` makes it" in said.err
     assert ratoon(["evaluate", "--suite", "clue"]) == 0
     assert "AFQMC" in capsys.readouterr().out
+
+
+@pytest.fixture
+def official(place: Path) -> Path:
+    """A folder as CLUE's, with answers hidden from test rows, and a run on it under a name of its own."""
+    folder = place / "clue"
+    (folder / "afqmc_public").mkdir(parents=True)
+    for name in ("cmrc2018_public", "cluener"):
+        (folder / name).mkdir()
+    write(folder / "cluener" / "test.json", [{"id": 0, "text": "在北京"}])
+    rows = [
+        {"sentence1": row["first"], "sentence2": row["second"], "label": row["label"]} for row in rows_of("pairs", 40)
+    ]
+    write(folder / "afqmc_public" / "train.json", rows[:30])
+    write(folder / "afqmc_public" / "dev.json", rows[30:])
+    hidden = [
+        {"id": number + 50, **{k: v for k, v in row.items() if k != "label"}} for number, row in enumerate(rows[30:])
+    ]
+    write(folder / "afqmc_public" / "test.json", hidden)
+    recipe = table("pairs", name="mine")
+    recipe["data"] = {"folder": "clue/afqmc_public", "train": ["train.json"], "validation_fraction": 0.2}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert ratoon(["finetune", "recipe.yaml"]) == 0
+    return folder
+
+
+def test_official_files_are_measured_and_answered(official: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert ratoon(["evaluate", "--suite", "clue", "--data", "clue", "--models", "afqmc=mine", "--json"]) == 0
+    said = capsys.readouterr()
+    (part,) = json.loads(said.out)["parts"]
+    assert part["part"] == "AFQMC" and part["n"] == 10 and part["test"] == {"n": 10, "file": "afqmc_predict.json"}
+    written = lines(Path("runs/clue/afqmc_predict.json").read_text(encoding="utf-8"))
+    assert [one["id"] for one in written] == list(range(50, 60))
+    dev = lines(Path("runs/clue/dev_afqmc_predict.json").read_text(encoding="utf-8"))
+    assert [one["id"] for one in dev] == list(range(10))
+    assert [one["label"] for one in dev] == [one["label"] for one in written], "the same rows, with answers and without"
+    assert "TNEWS: clue holds neither" in said.err and "CMRC2018: clue holds neither" in said.err
+    assert "CLUENER: there is no run 'clue-cluener'; `ratoon finetune clue-cluener` makes it" in said.err
+    assert ratoon(["evaluate", "afqmc", "--suite", "clue", "--data", "clue"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        "`ratoon finetune clue-afqmc data.folder=clue/afqmc_public data.train=[train.json] data.test=[dev.json]`" in err
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--models", "afqmc"], "names no run for a part"),
+        (["--models", "glue=mine"], "names no run for a part"),
+        (["--data", "nowhere"], "no such folder"),
+        (["--floor"], "--floor has no effect with --suite"),
+        (["--stride", "3"], "--stride has no effect with --suite"),
+        (["afqmc", "rows.jsonl"], "FILE has no effect with --suite"),
+        (["glue"], "no part is called 'glue'"),
+    ],
+)
+def test_what_the_suite_refuses(
+    words: list[str], told: str, own_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ratoon(["evaluate", "--suite", "clue", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_the_files_of_the_shared_layout_are_found(shared_data: Path) -> None:
+    for part in PARTS:
+        found = part.files(shared_data / "clue")
+        assert found.keys() == ({"train", "dev"} if part.name != "CMNLI" else set()), part.name
 
 
 def test_no_run_of_the_suite(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

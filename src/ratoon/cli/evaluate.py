@@ -1,12 +1,14 @@
-"""`ratoon evaluate`: loss, perplexity and bits per byte of a model on text, and the likelihood of given continuations.
+"""`ratoon evaluate`: a model on text (loss, perplexity, bits per byte), on given continuations, or for its task.
 
-What is counted is decided in `evaluate/run.py` and `evaluate/score.py`.
+Decides which of these is meant and which options belong to it. What is counted on text is decided in `evaluate/run.py`
+and `evaluate/score.py`; models for tasks are `evaluate_task.py`'s, suites `clue.py`'s.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT_TOKENS = 1024
 """Longer contexts cost much and change the loss little; whoever wants one says so."""
+OF_TEXT = ("context_tokens", "stride", "limit_tokens", "rows", "shorten", "field", "split_documents", "encoding",
+           "on_bad_row")  # fmt: skip
+OF_TASKS = ("floor", "robust", "perturb", "strengths", "attack", "against", "unlabelled", "limit_rows", "out")
+OF_SUITES = ("data", "models")
+"""Options that are read for text, for a task, for a suite."""
 
 
 @click.command()
@@ -49,6 +56,10 @@ DEFAULT_CONTEXT_TOKENS = 1024
     "--on-bad-row", type=click.Choice(["refuse", "skip"]), default="refuse", help="skip: leave such rows out, counted."
 )
 @click.option("--suite", type=click.Choice(["clue"]), help="Measure the runs of a suite's recipes in one table.")
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Suite: the folder of its official files.")
+@click.option(
+    "--models", multiple=True, metavar="PART=RUN", help="Suite: the run for a part, if not that of its recipe."
+)
 @click.option("--floor", is_flag=True, help="Task: put the cheap classics beside the model, and say who wins.")
 @click.option("--robust", is_flag=True, help="Task: what typos, homophones and the like cost, by strength.")
 @click.option("--perturb", metavar="NAME,…", help="Task: only these perturbations; read with --robust.")
@@ -57,11 +68,14 @@ DEFAULT_CONTEXT_TOKENS = 1024
     "--attack", type=click.IntRange(min=1), metavar="QUERIES", help="Task: greedy word substitution, so many queries."
 )
 @click.option("--against", metavar="MODEL", help="Task: another model on the same records, paired bootstrap.")
+@click.option("--unlabelled", is_flag=True, help="Task: FILE… without answers: predictions alone, nothing to measure.")
 @click.option("--limit-rows", type=click.IntRange(min=1), help="Task: so many test rows, drawn from the seed.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Task: where figures and page are written.")
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON.")
+@click.pass_context
 def command(
+    context: click.Context,
     model: str | None,
     files: tuple[str, ...],
     pairs: str | None,
@@ -75,12 +89,15 @@ def command(
     encoding: str,
     on_bad_row: Literal["refuse", "skip"],
     suite: str | None,
+    data: Path | None,
+    models: tuple[str, ...],
     floor: bool,
     robust: bool,
     perturb: str | None,
     strengths: str | None,
     attack: int | None,
     against: str | None,
+    unlabelled: bool,
     limit_rows: int | None,
     out: Path | None,
     dtype: str,
@@ -95,28 +112,30 @@ def command(
     compared between models of different tokenizers. Each comes with what it was counted on and a 95 % interval.
     """
     from ratoon.base.errors import ConfigError
-    from ratoon.cli.output import answer_json, talk
     from ratoon.data.sources import Reading
 
     if pairs is not None and files:
         raise ConfigError("both FILE and --pairs", where="command line", expected="one of the two")
-    for name, value in (("--stride", stride), ("--limit-tokens", limit_tokens)):
-        if pairs is not None and value is not None:
-            raise ConfigError(f"{name} has no effect with --pairs", where="command line", fix=f"leave out {name}")
-    if pairs is None and shorten is not None:
+    if pairs is not None:
+        _refuse(context, ("stride", "limit_tokens", *OF_TASKS, *OF_SUITES), "with --pairs")
+    elif shorten is not None:
         raise ConfigError("--shorten has no effect without --pairs", where="command line", fix="leave out --shorten")
     if suite is not None:
         from ratoon.cli.clue import run_suite
 
-        run_suite(model, out, limit_rows, as_json=as_json)
+        beside = tuple(name for name in OF_TASKS if name not in ("limit_rows", "out"))
+        _refuse(context, (*OF_TEXT, *beside, "pairs", "files"), "with --suite")
+        run_suite(model, data, models, out, limit_rows, dtype=_given(context, "dtype"), device=device, as_json=as_json)
         return
+    _refuse(context, OF_SUITES, "without --suite")
     if model is None:
         raise click.UsageError("Missing argument 'MODEL'.")
-    asked = _asked(floor, robust, perturb, strengths, attack, against, limit_rows, out)
+    asked = _asked(floor, robust, perturb, strengths, attack, against, limit_rows, unlabelled, out)
     lm = load_model(model, dtype, device)
     if isinstance(lm.facts.get("task"), dict) and pairs is None:
         from ratoon.cli.evaluate_task import evaluate_task_model
 
+        _refuse(context, OF_TEXT, f"on a model that was fine-tuned for {lm.facts['task'].get('kind')}")
         evaluate_task_model(lm, files, asked, as_json=as_json)
         return
     if asked != type(asked)():
@@ -128,27 +147,67 @@ def command(
     if pairs is not None:
         _pairs(lm, pairs, lm.context_tokens if context_tokens is None else context_tokens, shorten, as_json)
         return
+    window = _Window(context_tokens, stride, limit_tokens, rows)
+    _on_text(lm, model, files, Reading(field, split_documents, encoding, on_bad_row), window, as_json)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What is read at once of a text."""
+
+    context_tokens: int | None
+    stride_tokens: int | None
+    limit_tokens: int | None
+    rows: int
+
+
+def _given(context: click.Context, name: str) -> Any:
+    """The option's value where it was typed, else None."""
+    typed = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    return context.params[name] if typed else None
+
+
+def _refuse(context: click.Context, names: tuple[str, ...], why: str) -> None:
+    """Raise `ConfigError` for an option that was typed and that nothing would read."""
+    from ratoon.base.errors import ConfigError
+
+    for name in names:
+        if _given(context, name) in (None, ()):
+            continue
+        said = "FILE" if name == "files" else "--" + name.replace("_", "-")
+        raise ConfigError(f"{said} has no effect {why}", where="command line", fix=f"leave out {said}")
+
+
+def _on_text(
+    lm: LanguageModel,
+    model: str,
+    files: tuple[str, ...],
+    reading: Reading,
+    window: _Window,
+    as_json: bool,
+) -> None:
+    """Loss, perplexity and bits per byte on files, or on the run's held-out text."""
+    from ratoon.cli.output import answer_json, talk
 
     def measure(shards: Shards, usual_tokens: int) -> Report:
         from ratoon.evaluate.run import held_out
 
-        context = usual_tokens if context_tokens is None else context_tokens
+        context = usual_tokens if window.context_tokens is None else window.context_tokens
         talk(f"{shards.n_tokens:,} tokens in {shards.n_documents:,} documents, {context:,} tokens of context")
         line = _progress()
         return held_out(
             lm.model,
             shards,
             context_tokens=context,
-            rows=rows,
-            limit_tokens=limit_tokens,
-            stride_tokens=stride,
+            rows=window.rows,
+            limit_tokens=window.limit_tokens,
+            stride_tokens=window.stride_tokens,
             tokenizer=lm.tokenizer,
             progress=line,
         )
 
     facts: dict[str, Any] = {"model": model}
     if files:
-        reading = Reading(field, split_documents, encoding, on_bad_row)
         report, ledger = _on_files(lm, files, reading, measure)
         facts |= {"files": list(files), "ledger": ledger}
         for note in ledger["notes"]:
@@ -174,6 +233,7 @@ def _asked(
     attack: int | None,
     against: str | None,
     limit_rows: int | None,
+    unlabelled: bool,
     out: Path | None,
 ) -> Asked:
     """What is asked of a task model. Raises `ConfigError` for what does not fit together."""
@@ -183,12 +243,20 @@ def _asked(
     for name, value in (("--perturb", perturb), ("--strengths", strengths)):
         if value is not None and not robust:
             raise ConfigError(f"{name} has no effect without --robust", where="command line", fix="add --robust")
+    needs = {"--floor": floor, "--robust": robust, "--attack": attack is not None, "--against": against is not None}
+    for name, wanted in needs.items():
+        if unlabelled and wanted:
+            raise ConfigError(
+                f"{name} needs answers, and --unlabelled says that there are none",
+                where="command line",
+                fix=f"leave out {name}",
+            )
     try:
         levels = tuple(float(one) for one in (strengths or "").split(",") if one)
     except ValueError:
         raise ConfigError(f"'{strengths}' is no list of shares", where="--strengths", expected="0.1,0.2") from None
     names = tuple(one.strip() for one in (perturb or "").split(",") if one.strip())
-    return Asked(floor, robust, names, levels, attack, against, limit_rows, out)
+    return Asked(floor, robust, names, levels, attack, against, limit_rows, unlabelled, out)
 
 
 def _on_files(

@@ -1,20 +1,22 @@
 """`ratoon evaluate` for a model that was fine-tuned for a task: its measures, and what is asked for beside them.
 
-Decides which records are read and which parts the evaluation gets; what is measured is decided in `evaluate/`.
+Decides which records are read and which parts the evaluation gets; what is measured is decided in `evaluate/`, how
+robustness and attacks reach a task's records in `evaluate/task_robust.py`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ratoon.base.errors import ArtifactError, ConfigError, DataError
 
 if TYPE_CHECKING:
-    from ratoon.data.records import Parts
-    from ratoon.evaluate.task import TaskReport
+    from ratoon.data.records import Parts, RecordSettings
+    from ratoon.evaluate.task import Prediction, TaskReport
     from ratoon.generate.lm import LanguageModel
     from ratoon.recipe.tuning import TuneRecipe
     from ratoon.tasks.contract import Task
@@ -31,6 +33,7 @@ class Asked:
     attack_queries: int | None = None
     against: str | None = None
     limit_rows: int | None = None
+    unlabelled: bool = False
     out: Path | None = None
 
 
@@ -39,9 +42,12 @@ def evaluate_task_model(lm: LanguageModel, files: Sequence[str], asked: Asked, *
     from ratoon.cli.measure import write_report
     from ratoon.cli.output import answer, answer_json, talk
 
+    if asked.unlabelled:
+        _answer_rows(lm, files, asked, as_json=as_json)
+        return
     recipe = _recipe_of(lm)
     report = measured_model(lm, files, asked)
-    folder = asked.out or _folder_of(lm)
+    folder = asked.out or _run_folder(lm) / "evaluation"
     write_report(folder, report, "zh" if recipe.language == "zh" else "en")
     found = report.as_dict()
     if as_json:
@@ -53,43 +59,95 @@ def evaluate_task_model(lm: LanguageModel, files: Sequence[str], asked: Asked, *
     talk(f"page: {folder / 'report.html'}")
 
 
+def _answer_rows(lm: LanguageModel, files: Sequence[str], asked: Asked, *, as_json: bool) -> None:
+    """Rows without answers: predictions alone, nothing to measure."""
+    from ratoon.cli.measure import task_of_model, write_answers
+    from ratoon.cli.output import answer, answer_json
+
+    if not files:
+        raise ConfigError(
+            "--unlabelled says of FILE… that its rows have no answers", where="command line", fix="name a file"
+        )
+    predictions = answered_rows(lm, files, asked.limit_rows)
+    folder = asked.out or _run_folder(lm) / "answers"
+    path = write_answers(folder, task_of_model(lm), predictions)
+    if as_json:
+        answer_json({"model": lm.name, "n": len(predictions), "predictions": str(path)})
+    else:
+        answer(str(path))
+
+
+def answered_rows(lm: LanguageModel, files: Sequence[str], limit_rows: int | None = None) -> list[Prediction]:
+    """What the model answers to rows without answers, read as its run read its own. Raises `DataError` for none."""
+    from ratoon.cli.measure import progress, task_of_model
+    from ratoon.data.records import read_beside
+    from ratoon.evaluate.task import predict
+
+    task, recipe = task_of_model(lm), _recipe_of(lm)
+    parts = read_beside(task, _full(files), (), _limited(recipe, limit_rows), seed=recipe.seed, unanswered=True)
+    _say_notes(parts)
+    if not parts.test:
+        raise DataError("there is no row to answer", where=", ".join(files), fix="name files with rows of the task")
+    return predict(lm, task, parts.test, too_long=too_long_of(lm), progress=progress("records"))
+
+
 def measured_model(lm: LanguageModel, files: Sequence[str], asked: Asked) -> TaskReport:
     """The model measured on its run's test rows, or on files of the same form, with what is asked for beside."""
     from ratoon.cli.measure import progress, task_of_model
     from ratoon.cli.output import talk
     from ratoon.evaluate.task import evaluate_task
 
-    task = task_of_model(lm)
-    recipe = _recipe_of(lm)
+    task, recipe = task_of_model(lm), _recipe_of(lm)
     parts = _parts(task, recipe, files, asked)
-    for ledger in parts.ledgers.values():
-        for note in ledger.notes:
-            talk(note)
+    _say_notes(parts)
     language = str(lm.facts.get("data", {}).get("language", recipe.language))
     report = evaluate_task(
-        lm, task, parts.test, language=language, too_long=lm.facts.get("data", {}).get("too_long", "cut-right"),
-        seen_places=parts.seen_test_places, progress=progress("records"),
+        lm, task, parts.test, language=language, too_long=too_long_of(lm), seen_places=parts.seen_test_places,
+        progress=progress("records"),
     )  # fmt: skip
     report.facts["model"] = lm.name
+    ledger = _run_folder(lm) / "ledger.json"
+    if ledger.is_file():
+        report.facts["ledger"] = json.loads(ledger.read_text(encoding="utf-8"))
     if asked.floor:
         from ratoon.evaluate.floor_of_task import beside, sentence
 
         report.facts["floors"] = beside(report, parts.train, language=language, seed=recipe.seed)
         talk(sentence(report.measured, report.facts["floors"]))
     if asked.robust:
-        report.facts["robust"] = _robust(lm, report, asked, language)
+        report.facts["robust"] = _robust(lm, report, asked, language, recipe.seed)
     if asked.attack_queries is not None:
-        report.facts["attack"] = _attack(lm, report, asked.attack_queries)
+        from ratoon.evaluate.task_robust import attacked
+
+        found = attacked(lm, report, asked.attack_queries, too_long=too_long_of(lm))
+        report.facts["attack"] = found
+        talk(
+            f"under attack with {asked.attack_queries:,} queries a text: accuracy "
+            f"{found['accuracy_under_attack']:.4f}, before {found['accuracy_before']:.4f}"
+        )
     if asked.against is not None:
-        report.facts["against"] = [_against(report, asked.against, language)]
+        report.facts["against"] = [_against(lm, report, asked.against, language)]
     return report
+
+
+def too_long_of(lm: LanguageModel) -> Any:
+    """What the model's run did with records that are longer than a row."""
+    return lm.facts.get("data", {}).get("too_long", "cut-right")
+
+
+def _say_notes(parts: Parts) -> None:
+    from ratoon.cli.output import talk
+
+    for ledger in parts.ledgers.values():
+        for note in ledger.notes:
+            talk(note)
 
 
 def _recipe_of(lm: LanguageModel) -> TuneRecipe:
     """The recipe of the run that the model belongs to. Raises `ArtifactError` where there is none."""
     from ratoon.recipe.tuning import load_tuning
 
-    path = Path(str(lm.facts.get("path"))).parent / "recipe.yaml"
+    path = _run_folder(lm) / "recipe.yaml"
     if not path.is_file():
         raise ArtifactError(
             f"'{lm.name}' lies in no run: how its rows are read is not known",
@@ -99,112 +157,85 @@ def _recipe_of(lm: LanguageModel) -> TuneRecipe:
     return load_tuning(path)
 
 
-def _folder_of(lm: LanguageModel) -> Path:
-    return Path(str(lm.facts.get("path"))).parent / "evaluation"
+def _run_folder(lm: LanguageModel) -> Path:
+    return Path(str(lm.facts.get("path"))).parent
+
+
+def _full(files: Sequence[str]) -> tuple[str, ...]:
+    """Files from where the user stands, not from `data.folder`."""
+    return tuple(str(Path(file).resolve()) for file in files)
+
+
+def _limited(recipe: TuneRecipe, limit_rows: int | None) -> RecordSettings:
+    return recipe.data if limit_rows is None else recipe.data.model_copy(update={"limit_test_rows": limit_rows})
 
 
 def _parts(task: Task[Any], recipe: TuneRecipe, files: Sequence[str], asked: Asked) -> Parts:
-    """The run's rows; with files, these in place of its test rows."""
-    from ratoon.data.records import read_parts
+    """The run's rows; with files, these in place of its test rows, and the training rows as the run had them."""
+    from ratoon.cli.output import talk
+    from ratoon.data.records import read_beside, read_parts
 
-    settings = recipe.data
-    if files:
-        given = tuple(str(Path(file).resolve()) for file in files)
-        settings = settings.model_copy(update={"test": given, "test_fraction": 0.0})
-    if asked.limit_rows is not None:
-        settings = settings.model_copy(update={"limit_test_rows": asked.limit_rows})
-    parts = read_parts(task, settings, seed=recipe.seed)
+    settings = _limited(recipe, asked.limit_rows)
+    if not files:
+        parts = read_parts(task, settings, seed=recipe.seed)
+    else:
+        if asked.limit_rows is None:  # the run's own limit is for its own rows
+            settings = settings.model_copy(update={"limit_test_rows": None})
+        training: Sequence[Any] = ()
+        try:
+            training = read_parts(task, recipe.data, seed=recipe.seed).train
+        except DataError as error:
+            if asked.floor:
+                raise
+            talk(f"the run's training rows are not here ({error.found}): copies of them are not looked for")
+        parts = read_beside(task, _full(files), training, settings, seed=recipe.seed)
     if not parts.test:
         raise DataError(
-            "the run has no test rows",
-            where="data.test",
+            "the files have no row of the task" if files else "the run has no test rows",
+            where=", ".join(files) or "data.test",
             fix="name files with rows of the task: ratoon evaluate RUN FILE",
         )
     return parts
 
 
-def _answers(lm: LanguageModel, task: Task[Any], records: list[Any]) -> list[Any]:
-    from ratoon.evaluate.task import predict
-
-    return [one.answer for one in predict(lm, task, records)]
-
-
-def _robust(lm: LanguageModel, report: TaskReport, asked: Asked, language: str) -> dict[str, Any]:
-    """Score by strength of each perturbation."""
+def _robust(lm: LanguageModel, report: TaskReport, asked: Asked, language: str, seed: int) -> dict[str, Any]:
+    """Score by strength of each perturbation; the last point of each is said."""
     from ratoon.cli.output import talk
-    from ratoon.evaluate.robust import STRENGTHS, robustness
-    from ratoon.evaluate.task import Prediction, measure
+    from ratoon.evaluate.robust import STRENGTHS
+    from ratoon.evaluate.task_robust import perturbed
 
-    task, records = report.task, [one.record for one in report.predictions]
-    texts = [task.text(record) for record in records]
-
-    def predict(changed: list[str]) -> list[Any]:
-        # A perturbed text keeps its record's other fields; which record is of no matter to the answer of a text alone.
-        return _answers(lm, task, [task.with_text(replace(records[0]), text) for text in changed])
-
-    def score(expected: Sequence[Any], answers: Sequence[Any]) -> Any:
-        chosen = [Prediction(record, answer) for record, answer in zip(expected, answers, strict=True)]
-        return measure(task, chosen, language)
-
-    if task.measure not in ("classification", "multi_label", "numbers") or task.head() is None:
-        raise ConfigError(
-            f"the task {task.kind} reads more than one text",
-            where="--robust",
-            expected="classification, multi-label or scoring",
-        )
-    found = robustness(
-        predict, texts, records, score, names=asked.perturb or None, strengths=asked.strengths or STRENGTHS
-    )
-    for curve in found.as_dict()["curves"]:
-        if isinstance(curve, dict) and curve.get("points"):
-            last = curve["points"][-1]
-            value = last["score"]["value"]
-            shown = "undefined" if value is None else f"{value:.4f}"
-            talk(f"{curve['name']}: {shown} at strength {last['strength']:g}")
-    return found.as_dict()
+    found = perturbed(
+        lm, report, names=asked.perturb, strengths=asked.strengths or STRENGTHS, language=language, seed=seed,
+        too_long=too_long_of(lm),
+    )  # fmt: skip
+    for curve in found["curves"]:
+        if not curve["points"]:
+            talk(f"{curve['name']}: there is no text that it applies to")
+            continue
+        first, last = curve["points"][0]["score"], curve["points"][-1]
+        name, values = first["name"], (first["value"], last["score"]["value"])
+        shown = ["undefined" if value is None else f"{value:.4f}" for value in values]
+        talk(f"{curve['name']}: {name} {shown[0]}, {shown[1]} at strength {last['strength']:g}")
+    return found
 
 
-def _attack(lm: LanguageModel, report: TaskReport, queries: int) -> dict[str, Any]:
-    """Greedy word substitution against a classifier, so many queries a text."""
-    import numpy as np
-
-    from ratoon.evaluate.attack import attack_all
-    from ratoon.evaluate.task import predict
-
-    task, records = report.task, [one.record for one in report.predictions]
-    if task.kind != "classification":
-        raise ConfigError(f"the task {task.kind} has no label to attack", where="--attack", expected="classification")
-    labels = list(getattr(task, "labels", ()))
-
-    def probabilities(texts: list[str]) -> Any:
-        asked = [task.with_text(records[0], text) for text in texts]
-        return np.asarray([one.probabilities for one in predict(lm, task, asked)])
-
-    found = attack_all(
-        probabilities,
-        [task.text(record) for record in records],
-        [labels.index(task.expected(record)) for record in records],
-        budget=queries,
-    )
-    return found.as_dict()
-
-
-def _against(report: TaskReport, other: str, language: str) -> dict[str, Any]:
+def _against(lm: LanguageModel, report: TaskReport, other: str, language: str) -> dict[str, Any]:
     """Another model on the same records: both figures, and the paired bootstrap."""
-    from ratoon.cli.measure import task_of_model, working_dtype
+    from ratoon.cli.measure import task_of_model
     from ratoon.evaluate.metrics.value import compare
     from ratoon.evaluate.task import measure, predict
     from ratoon.generate.lm import load
 
-    lm = load(other, dtype=working_dtype())
-    task, records = task_of_model(lm), [one.record for one in report.predictions]
-    if task.measure != report.task.measure:
+    weight = lm.model.head_weight()
+    theirs = load(other, dtype=weight.dtype, device=weight.device)
+    task, records = task_of_model(theirs), [one.record for one in report.predictions]
+    if task.kind != report.task.kind:
         raise ConfigError(
             f"'{other}' was fine-tuned for {task.kind}", where="--against", expected=f"a model for {report.task.kind}"
         )
     for record in records:
         task.check(record)
-    measured = measure(task, predict(lm, task, records), language)
+    measured = measure(task, predict(theirs, task, records, too_long=too_long_of(theirs)), language)
     main = report.measured.values[0]
     return {
         "model": other,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,7 @@ from ratoon.base.errors import ArtifactError
 
 if TYPE_CHECKING:
     from ratoon.data.records import Parts
-    from ratoon.evaluate.task import TaskReport
+    from ratoon.evaluate.task import Prediction, TaskReport
     from ratoon.generate.lm import LanguageModel
     from ratoon.store.runs import Run
     from ratoon.tasks.contract import Task
@@ -65,6 +65,19 @@ def write_report(folder: Path, report: TaskReport, language: Literal["en", "zh"]
     from ratoon.report.task_page import write_task_page
 
     write_task_page(folder, language=language)
+
+
+def write_answers(folder: Path, task: Task[Any], predictions: Sequence[Prediction]) -> Path:
+    """predictions.jsonl of rows whose answers are not told: what was read and what the model answers."""
+    from ratoon.store.atomic import write_text
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [one.as_dict(task) for one in predictions]
+    for row in rows:
+        del row["expected"]
+    path = folder / "predictions.jsonl"
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
 
 
 def _line(report: TaskReport, place: int) -> dict[str, Any]:
@@ -125,6 +138,6 @@ def task_of_model(lm: LanguageModel) -> Task[Any]:
             f"'{lm.name}' was not fine-tuned for a task",
             where=lm.facts.get("path"),
             expected="a model that `ratoon finetune` made",
-            fix="name a recipe: ratoon evaluate MODEL --task RECIPE",
+            fix="fine-tune it first: ratoon finetune RECIPE",
         )
     return restored(facts, where=str(lm.facts.get("path") or lm.name))

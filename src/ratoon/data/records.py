@@ -108,9 +108,14 @@ class Parts:
         return {test[copy.row].place for copy in found}
 
 
-def read_records(task: Task[Any], files: Sequence[str], settings: RecordSettings, ledger: TaskLedger) -> list[Any]:
-    """The records of some files. Raises `DataError` with file and line; under `on_bad_row: skip` such rows are booked
-    instead."""
+def read_records(
+    task: Task[Any], files: Sequence[str], settings: RecordSettings, ledger: TaskLedger, *, unanswered: bool = False
+) -> list[Any]:
+    """The records of some files, each with its row's fields; `unanswered`: of rows whose answers are not told.
+
+    Raises `DataError` with file and line; under `on_bad_row: skip` such rows are booked instead.
+    """
+    record_of = task.unanswered if unanswered else task.record
     records: list[Any] = []
     listing = Ledger()
     paths = [Path(settings.folder) / file for file in files]
@@ -121,7 +126,7 @@ def read_records(task: Task[Any], files: Sequence[str], settings: RecordSettings
             ledger.drop_unread("not wanted (data.where)", row.place, asked=True)
             continue
         try:
-            record = task.record(row.fields, row.place)
+            record = record_of(row.fields, row.place)
         except DataError as error:
             if settings.on_bad_row == "refuse":
                 raise
@@ -169,6 +174,29 @@ def read_parts(task: Task[Any], settings: RecordSettings, *, seed: int) -> Parts
     records["train"] = _without_copies(records["train"], leaks, settings, ledger)
     sentences += leaks.sentences()
     return Parts(records["train"], records["validation"], records["test"], ledgers, leaks, sentences)
+
+
+def read_beside(
+    task: Task[Any],
+    files: Sequence[str],
+    training: Sequence[Any],
+    settings: RecordSettings,
+    *,
+    seed: int,
+    unanswered: bool = False,
+) -> Parts:
+    """The records of `files` as the test part beside the `training` records of a run, looked through for copies of
+    these; `unanswered`: of rows whose answers are not told, which are not compared. Raises as `read_records`."""
+    ledgers = {name: TaskLedger() for name in PARTS}
+    found = read_records(task, files, settings, ledgers["test"], unanswered=unanswered)
+    records = [record for record, _ in found]
+    if settings.limit_test_rows is not None:
+        records, left = _draw(records, settings.limit_test_rows, seed, "test")
+        _book(ledgers["test"], left, "beyond data.limit_test_rows")
+    compared = {} if unanswered else {"train": training, "test": records}
+    leaks = find_leaks({name: [_keyed(task, one) for one in part] for name, part in compared.items() if part},
+                       near=settings.near)  # fmt: skip
+    return Parts(list(training), [], records, ledgers, leaks, leaks.sentences())
 
 
 def _first_reason(ledger: TaskLedger) -> str:

@@ -1,7 +1,7 @@
 """CLUE: which parts the suite has, and their predictions as its site takes them.
 
-Decides the parts' names, recipes and submission formats (Xu et al., arXiv:2004.05986; the formats are those of the
-CLUE benchmark's baselines). What is measured is the tasks' own.
+Decides the parts' names, recipes, files and submission formats (Xu et al., arXiv:2004.05986; layout and formats are
+those of the CLUE benchmark's baselines). What is measured is the tasks' own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ratoon.evaluate.metrics.tagging import spans
@@ -23,26 +24,50 @@ TNEWS_CODES = {
 """The numbers of TNEWS's labels in its files."""
 
 
+ROLES = {
+    "train": ("train.json", "train.50k.json", "train.10k.json", "cmrc2018_train.json", "trial.json",
+              "cmrc2018_trial.json"),
+    "dev": ("dev.json", "cmrc2018_dev.json"),
+    "test": ("test.json", "test1.0.json", "cmrc2018_test_2k.json"),
+}  # fmt: skip
+"""How a part's files are called, the first that is there is taken; each may also end in .gz."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """A part of the suite: the recipe that ships for it (a run of that name is looked for), and its file."""
+    """A part of the suite: the recipe that ships for it (a run of that name is looked for), the file of its
+    submission, and how its folder is called."""
 
     name: str
     recipe: str
     file: str
     what: str
+    folders: tuple[str, ...]
+
+    def files(self, folder: Path) -> dict[str, Path]:
+        """The files of the part below the suite's `folder` by role (train, dev, test), as far as they are there."""
+        found: dict[str, Path] = {}
+        for role, names in ROLES.items():
+            places = (folder / own / (name + end) for own in self.folders for name in names for end in ("", ".gz"))
+            path = next(filter(Path.is_file, places), None)
+            if path is not None:
+                found[role] = path
+        return found
 
 
 PARTS = (
-    Part("TNEWS", "clue-tnews", "tnews_predict.json", "topics of news titles"),
-    Part("AFQMC", "clue-afqmc", "afqmc_predict.json", "whether two questions ask the same"),
-    Part("CSL", "clue-csl", "csl_predict.json", "whether keywords belong to an abstract"),
-    Part("WSC", "clue-wsc", "cluewsc_predict.json", "what a pronoun stands for"),
-    Part("OCNLI", "clue-ocnli", "ocnli_50k_predict.json", "what follows from a sentence"),
-    Part("CMNLI", "clue-cmnli", "cmnli_predict.json", "the same, translated"),
-    Part("CMRC2018", "cmrc-zh", "cmrc2018_predict.json", "questions whose answer stands in a text"),
-    Part("CLUENER", "clue-cluener", "cluener_predict.json", "entities of ten kinds"),
-)
+    Part("TNEWS", "clue-tnews", "tnews_predict.json", "topics of news titles", ("tnews_public", "tnews")),
+    Part("AFQMC", "clue-afqmc", "afqmc_predict.json", "whether two questions ask the same", ("afqmc_public", "afqmc")),
+    Part("CSL", "clue-csl", "csl_predict.json", "whether keywords belong to an abstract", ("csl_public", "csl")),
+    Part("WSC", "clue-wsc", "cluewsc_predict.json", "what a pronoun stands for",
+         ("cluewsc2020_public", "cluewsc2020", "wsc_public")),
+    Part("OCNLI", "clue-ocnli", "ocnli_50k_predict.json", "what follows from a sentence", ("ocnli_public", "ocnli")),
+    Part("CMNLI", "clue-cmnli", "cmnli_predict.json", "the same, translated", ("cmnli_public", "cmnli")),
+    Part("CMRC2018", "cmrc-zh", "cmrc2018_predict.json", "questions whose answer stands in a text",
+         ("cmrc2018_public", "cmrc2018")),
+    Part("CLUENER", "clue-cluener", "cluener_predict.json", "entities of ten kinds",
+         ("cluener_public", "cluener2020", "cluener")),
+)  # fmt: skip
 
 
 def submission(part: Part, predictions: Sequence[Prediction]) -> str:
@@ -50,7 +75,7 @@ def submission(part: Part, predictions: Sequence[Prediction]) -> str:
 
     A row without an id of its own has its number in the file, from 0.
     """
-    ids = [_id(one.record, number) for number, one in enumerate(predictions)]
+    ids = [_id(one.record) for one in predictions]
     if part.name == "CMRC2018":
         return json.dumps({str(key): one.answer for key, one in zip(ids, predictions, strict=True)}, ensure_ascii=False)
     rows = []
@@ -64,9 +89,9 @@ def submission(part: Part, predictions: Sequence[Prediction]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _id(record: Any, number: int) -> Any:
+def _id(record: Any) -> Any:
     if record.id == record.place:
-        return number
+        return int(record.place.rpartition(":")[2]) - 1
     return int(record.id) if str(record.id).isdigit() else record.id
 
 

@@ -38,6 +38,11 @@ def shaped(task: Task[Any], records: Sequence[Any]) -> kinds.Data:
         return kinds.Questions(
             [one.question for one in records], [one.context for one in records], [list(one.answers) for one in records]
         )
+    if task.kind == "question-answering" and "context" in records[0].values:
+        return kinds.Questions(
+            [one.values["question"] for one in records], [one.values["context"] for one in records],
+            [list(one.answers) for one in records],
+        )  # fmt: skip
     if task.kind in ("translation", "summarization", "question-answering"):
         return kinds.Sources(texts, [answers[0] for answers in expected])
     raise ConfigError(
@@ -76,7 +81,8 @@ def sentence(measured: Measured, found: Sequence[dict[str, Any]]) -> str:
     """Whether the model beats the best of its floors, said plainly."""
     ours = measured.values[0]
     sign = 1 if ours.higher_is_better else -1
-    best = max(found, key=lambda one: sign * (one["values"][0]["value"] or 0.0))
+    known = [one for one in found if one["values"][0]["value"] is not None]
+    best = max(known or found, key=lambda one: sign * (one["values"][0]["value"] or 0.0))
     theirs, paired = best["values"][0]["value"], best["paired"]
     interval = paired["interval"]
     if ours.value is None or theirs is None or interval is None:

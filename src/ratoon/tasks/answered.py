@@ -108,6 +108,14 @@ class Answered(Task[Asked]):
 
     def record(self, row: Mapping[str, Any], place: str) -> Asked:
         """The fields that the template names, and the answers."""
+        asked = self.unanswered(row, place)
+        found = tuple(answer.strip() for answer in self.answers_of(row, place))
+        if not found or not all(found):
+            raise DataError("the answer is empty", where=place, fix="mend the row, or say data.on_bad_row: skip")
+        return replace(asked, answers=found)
+
+    def unanswered(self, row: Mapping[str, Any], place: str) -> Asked:
+        """The fields that the template names."""
         constants = self.constants()
         wanted = dict.fromkeys([*names_in(self.template()), self.source])
         values = {
@@ -115,10 +123,7 @@ class Answered(Task[Asked]):
             for name in wanted
             if name not in constants
         }
-        found = tuple(answer.strip() for answer in self.answers_of(row, place))
-        if not found or not all(found):
-            raise DataError("the answer is empty", where=place, fix="mend the row, or say data.on_bad_row: skip")
-        return Asked(str(row.get("id", place)), place, values, found)
+        return Asked(str(row.get("id", place)), place, values, ())
 
     def text(self, record: Asked) -> str:
         """The source."""

@@ -151,6 +151,12 @@ class Extractive(Task[Searched]):
         answers = tuple(dict.fromkeys(text for text, _ in found))
         return Searched(str(row.get("id", place)), place, question, context, answers, spans[0] if spans else None)
 
+    def unanswered(self, row: Mapping[str, Any], place: str) -> Searched:
+        """Question and text of the row; answers that it has (test sets hold false ones) are not read."""
+        fields = self.settings.fields
+        question = " ".join(str(pick(row, QUESTION, fields, place)).split())
+        return Searched(str(row.get("id", place)), place, question, str(pick(row, CONTEXT, fields, place)), (), None)
+
     def settle(self, training: Sequence[Searched]) -> list[str]:
         """Take the longest answer of the training rows as the longest that is given."""
         spans = [record.span for record in training if record.span is not None]

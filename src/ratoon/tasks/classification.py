@@ -126,6 +126,13 @@ class Classification(_Labelled[LabelledText]):
         label = self.label_of(pick(row, LABEL, self.settings.fields, place))
         return LabelledText(str(row.get("id", place)), place, text, (label,))
 
+    def unanswered(self, row: Mapping[str, Any], place: str) -> LabelledText:
+        """Text of the row; some label stands in for the one that is not told."""
+        filled_in = {**row, self.settings.fields.get("label", LABEL.names[0]): self.labels[0]}
+        record = self.record(filled_in, place)
+        assert record is not None, "a label that there is"
+        return replace(record, labels=self.labels[:1])
+
     def label_of(self, found: Any) -> str:
         """The label's name for how it stands in a row: 1 and true are 1."""
         label = str(int(found)) if isinstance(found, bool) else str(found).strip()
@@ -163,6 +170,11 @@ class MultiLabel(_Labelled[LabelledText]):
         names = dict.fromkeys(str(part).strip() for part in parts if str(part).strip())
         labels = tuple(self.settings.label_names.get(name, name) for name in names)
         return LabelledText(str(row.get("id", place)), place, text, labels)
+
+    def unanswered(self, row: Mapping[str, Any], place: str) -> LabelledText:
+        """Text of the row, no label."""
+        text = fill(self.settings.template, self.settings.fields, row, place)
+        return LabelledText(str(row.get("id", place)), place, text, ())
 
     def expected(self, record: LabelledText) -> tuple[str, ...]:
         """The labels."""

@@ -113,6 +113,14 @@ class Task(ABC, Generic[R]):
         """The row's record; None for a row that says itself that it has no answer. Raises `DataError` with the place
         for a missing or empty field, or a value that cannot be."""
 
+    def unanswered(self, row: Mapping[str, Any], place: str) -> R:
+        """The record of a row whose answer is not told, as in test sets that others measure; an answer that the row has
+        is not looked at. It can be put to a model; what `expected` says of it means nothing. Asked when the task is
+        settled. Raises `DataError` as `record` does, and where the task needs the answer."""
+        raise DataError(
+            f"the task {self.kind} reads no row without its answer", where=place, expected="rows with answers"
+        )
+
     def settle(self, training: Sequence[R]) -> list[str]:
         """Take what the training records alone decide (the labels there are); returns sentences for people."""
         return []

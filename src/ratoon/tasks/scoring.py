@@ -79,6 +79,11 @@ class Scoring(Task[Scored]):
             group = str(pick(row, Named("group", (self.settings.group,)), {}, place))
         return Scored(str(row.get("id", place)), place, text, score, group)
 
+    def unanswered(self, row: Mapping[str, Any], place: str) -> Scored:
+        """Text of the row; the lowest number stands in for the one that is not told."""
+        record = self.record({**row, self.settings.fields.get("score", SCORE.names[0]): 0}, place)
+        return replace(record, score=self._range(record)[0])
+
     def read(self, row: Mapping[str, Any], place: str) -> str:
         """What is read of a row."""
         return fill(self.settings.template, self.settings.fields, row, place)

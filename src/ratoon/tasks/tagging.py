@@ -66,6 +66,13 @@ class Tagging(Task[Sentence]):
             tags = iob2(tags)
         return Sentence(str(row.get("id", place)), place, tuple(words), tuple(tags), str(row.get("document", "")))
 
+    def unanswered(self, row: Mapping[str, Any], place: str) -> Sentence:
+        """Words of the row (of CLUENER's: characters); O stands in for the tags that are not told."""
+        if isinstance(row.get("text"), str) and not any(name in row for name in WORDS.names):
+            return self.record({**row, "label": {}}, place)
+        words = pick(row, WORDS, self.settings.fields, place)
+        return self.record({**row, self.settings.fields.get("tags", TAGS.names[0]): ["O"] * len(words)}, place)
+
     def together(self, before: Sentence, record: Sentence) -> bool:
         """Sentences of one document of one file, where the settings ask for it."""
         same = before.document == record.document and before.place.rpartition(":")[0] == record.place.rpartition(":")[0]
