@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import little_tasks
 from little_tasks import KINDS, rows_of, table, write
 from ratoon.adapt.folder import is_adapter
+from ratoon.base.errors import ConfigError
 from ratoon.cli.main import run as ratoon
 from ratoon.generate.lm import load
 from ratoon.generate.translate import Translator
@@ -80,6 +81,26 @@ def test_every_task_from_rows_to_measures(kind: str, place: Path, capsys: pytest
     assert is_adapter(Path("runs/tuned/model"))
     lm = load("tuned")
     assert lm.facts["task"]["kind"] == kind
+
+
+def test_answers_are_sought_by_beams_where_the_task_says_so(place: Path) -> None:
+    from ratoon.cli.measure import task_of_model
+    from ratoon.evaluate.task import _searching, predict
+    from ratoon.generate.sample import Sampling
+    from ratoon.tasks.registry import task_of
+
+    write(place / "rows.jsonl", rows_of("translation"))
+    assert finetune(table("translation", task__num_beams=3, task__length_penalty=0.6)) == 0
+    lm = load("tuned")
+    own = task_of_model(lm)
+    records = [own.record(row, f"rows.jsonl:{n}") for n, row in enumerate(rows_of("translation"))]
+    told = Sampling(max_new_tokens=6, temperature=0.0, num_beams=3, length_penalty=0.6, length_norm="wu")
+    greedy = predict(lm, own, records, sampling=Sampling(max_new_tokens=6, temperature=0.0))
+    beams = [one.text for one in predict(lm, own, records)]
+    assert beams == [one.text for one in predict(lm, own, records, sampling=told)]
+    assert beams != [one.text for one in greedy]
+    with pytest.raises(ConfigError, match="no effect without beams"):
+        _searching(task_of({"kind": "translation", "length_penalty": 0.6}), 6)
 
 
 def test_the_loss_falls_on_rows_that_can_be_learned(place: Path) -> None:

@@ -107,7 +107,7 @@ def measured_model(lm: LanguageModel, files: Sequence[str], asked: Asked) -> Tas
     )  # fmt: skip
     report.facts["model"] = lm.name
     ledger = _run_folder(lm) / "ledger.json"
-    if ledger.is_file():
+    if not files and ledger.is_file():
         report.facts["ledger"] = json.loads(ledger.read_text(encoding="utf-8"))
     if asked.floor:
         from ratoon.evaluate.floor_of_task import beside, sentence

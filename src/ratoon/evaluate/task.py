@@ -312,7 +312,7 @@ def _by_decoding(
     for start in range(0, len(order), chunk):
         part = order[start : start + chunk]
         longest = max(questions[number].max_new_tokens for number in part)
-        chosen = sampling if sampling is not None else Sampling(max_new_tokens=longest, temperature=0.0)
+        chosen = sampling if sampling is not None else _searching(task, longest)
         for number, text in zip(part, lm.answer([questions[number] for number in part], chosen), strict=True):
             texts[number] = text
         if progress is not None:
@@ -321,6 +321,18 @@ def _by_decoding(
         Prediction(record, task.read_answer(record, text), text=text)
         for record, text in zip(records, texts, strict=True)
     ]
+
+
+def _searching(task: Task[Any], max_new_tokens: int) -> Sampling:
+    """How answers are sought: greedily, or by beams where the task's settings say so."""
+    settings: Any = task.settings
+    beams, penalty = getattr(settings, "num_beams", 1), getattr(settings, "length_penalty", None)
+    if beams == 1:
+        if penalty is not None:
+            raise ConfigError("length_penalty has no effect without beams", where="task.num_beams", expected="above 1")
+        return Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
+    norm = {} if penalty is None else {"length_penalty": penalty, "length_norm": "wu"}
+    return Sampling(max_new_tokens=max_new_tokens, temperature=0.0, num_beams=beams, **norm)
 
 
 @torch.no_grad()

@@ -49,6 +49,10 @@ class AnsweredSettings(TaskSettings):
     system: str = Field("", description="chat: a system text before it")
     as_source: bool = Field(False, description="for an encoder-decoder: the encoder reads the source, without template")
     max_new_tokens: int = Field(128, ge=1, description="the longest answer")
+    num_beams: int = Field(1, ge=1, description="answers kept side by side while decoding (beam search); 1: greedy")
+    length_penalty: float | None = Field(
+        None, gt=0, description="beam search: how much longer answers are favoured (Wu et al. 2016, eq. 14); absent: 1"
+    )
     stop: tuple[str, ...] = Field((), description="texts that end an answer beside the end token")
 
     @model_validator(mode="after")
