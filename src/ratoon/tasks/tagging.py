@@ -71,7 +71,7 @@ class Tagging(Task[Sentence]):
         if isinstance(row.get("text"), str) and not any(name in row for name in WORDS.names):
             return self.record({**row, "label": {}}, place)
         words = pick(row, WORDS, self.settings.fields, place)
-        return self.record({**row, self.settings.fields.get("tags", TAGS.names[0]): ["O"] * (len(words) + 1)}, place)
+        return self.record({**row, self.settings.fields.get("tags", TAGS.names[0]): ["O"] * len(words)}, place)
 
     def together(self, before: Sentence, record: Sentence) -> bool:
         """Sentences of one document of one file, where the settings ask for it."""
