@@ -157,6 +157,9 @@ def test_official_files_are_measured_and_answered(official: Path, capsys: pytest
     assert (
         "`ratoon finetune clue-afqmc data.folder=clue/afqmc_public data.train=[train.json] data.test=[dev.json]`" in err
     )
+    (official / "afqmc_public" / "dev.json").unlink()
+    assert ratoon(["evaluate", "--suite", "clue", "--data", "clue", "--models", "AFQMC=mine"]) == 0
+    assert "answers not told" in capsys.readouterr().out, "test rows alone are answered"
 
 
 @pytest.mark.parametrize(

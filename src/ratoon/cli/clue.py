@@ -141,7 +141,7 @@ def _show(found: list[dict[str, Any]]) -> None:
     for one in found:
         main, files = one.get("main"), [each["file"] for each in (one.get("test", one), one) if "file" in each]
         if main is None:
-            rows.append((one["part"], "", "", "", "", files[0]))
+            rows.append((one["part"], "answers not told", "", "", f"{one['test']['n']:,}", files[0]))
             continue
         value = "undefined" if main["value"] is None else f"{main['value']:.4f}"
         interval = "" if main["interval"] is None else f"{main['interval'][0]:.4f} to {main['interval'][1]:.4f}"
