@@ -14,24 +14,21 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ratoon.adapt.contract import Method, Moment, freeze
+from ratoon.adapt.contract import Moment, freeze
 from ratoon.adapt.inject import (
     PREFIX,
-    Folded,
+    Beside,
     SiteSettings,
     Unit,
     Values,
     adapted,
     chosen_sites,
-    fold_in,
     named_units,
     place,
     plain_layer,
     refuse_unknown,
     say_targets,
-    take_out,
     told_units,
-    unfold,
     units,
 )
 from ratoon.adapt.lora import LORA_KEYS, LORA_SILENT, LowRank
@@ -84,16 +81,15 @@ class AdaLoraLinear(LowRank):
         return self.Q
 
 
-class AdaLora(Method):
+class AdaLora(Beside):
     """SVD-like triplets beside each chosen layer, and a budget of them that is spent where it matters."""
 
     kind = "adalora"
+    part = AdaLoraLinear
     settings: AdaLoraSettings
 
     def __init__(self, settings: AdaLoraSettings) -> None:
         super().__init__(settings)
-        self._told: Mapping[str, Any] | None = None
-        self._folded: dict[str, Folded] = {}
         self._kept: Tensor | None = None
         """(units, R0) bool: the triplets of the last allocation; None before the first one."""
         self._final = False
@@ -101,10 +97,6 @@ class AdaLora(Method):
         self._named: dict[str, dict[str, str]] = {}
         self._sensitivity: dict[str, Tensor] = {}
         self._uncertainty: dict[str, Tensor] = {}
-
-    @property
-    def exact(self) -> bool:
-        return self._told is None
 
     def _units(self, model: Transformer) -> list[Unit]:
         if self._told is not None:
@@ -281,19 +273,6 @@ class AdaLora(Method):
         }
 
     # -- after training ------------------------------------------------------------------------------------------------
-
-    def merge(self, model: Transformer, *, allow_loss: bool = False) -> None:
-        """W + s P Λ Q in the layers' place."""
-        self._folded = fold_in(model, AdaLoraLinear, self.kind, allow_loss=allow_loss)
-
-    def unmerge(self, model: Transformer) -> None:
-        """The layers' own weights, bit for bit, with the triplets beside them."""
-        unfold(model, self._folded, self.kind)
-        self._folded = {}
-
-    def remove(self, model: Transformer) -> None:
-        """Take the triplets out."""
-        take_out(model, AdaLoraLinear)
 
     def peft_config(self, model: Transformer) -> dict[str, Any]:
         """PEFT's `AdaLoraConfig`. Its schedule is told as over: the adapter is trained."""

@@ -13,27 +13,25 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ratoon.adapt.contract import Method, freeze
+from ratoon.adapt.contract import freeze
 from ratoon.adapt.inject import (
     PREFIX,
     Adapted,
-    Folded,
+    Beside,
     SiteSettings,
     Unit,
     Values,
     adapted,
     can_join,
     chosen_sites,
-    fold_in,
     joined_base,
     named_units,
+    outputs_of,
     place,
     plain_layer,
     refuse_unknown,
     say_targets,
-    take_out,
     told_units,
-    unfold,
     units,
 )
 from ratoon.base.errors import ArtifactError, ConfigError
@@ -75,30 +73,18 @@ class IA3Linear(Adapted):
         if not can_join(layers, IA3Linear) or any(isinstance(one, IA3Linear) and one.inner for one in layers):
             return None
         scales = [
-            layer.scale.to(x.dtype) if isinstance(layer, IA3Linear) else x.new_ones(_outputs(layer)) for layer in layers
+            layer.scale.to(x.dtype) if isinstance(layer, IA3Linear) else x.new_ones(outputs_of(layer))
+            for layer in layers
         ]
         return joined_base(layers, x) * torch.cat(scales)
 
 
-def _outputs(layer: nn.Module) -> int:
-    assert isinstance(layer, Linear)
-    return layer.out_features
-
-
-class IA3(Method):
+class IA3(Beside):
     """One vector for each chosen layer; the layers themselves are frozen."""
 
     kind = "ia3"
+    part = IA3Linear
     settings: IA3Settings
-
-    def __init__(self, settings: IA3Settings) -> None:
-        super().__init__(settings)
-        self._told: Mapping[str, Any] | None = None
-        self._folded: dict[str, Folded] = {}
-
-    @property
-    def exact(self) -> bool:
-        return self._told is None
 
     def _units(self, model: Transformer) -> list[tuple[Unit, bool]]:
         """The units, and whether their vector multiplies what they read."""
@@ -128,19 +114,6 @@ class IA3(Method):
     def count(self, model: Transformer) -> int:
         """K C for keys, K C for values and F for the MLP of each block: the width that is multiplied."""
         return sum(unit.inputs if inner else unit.outputs for unit, inner in self._units(model))
-
-    def merge(self, model: Transformer, *, allow_loss: bool = False) -> None:
-        """diag(l) W, or W diag(l), in the layers' place."""
-        self._folded = fold_in(model, IA3Linear, self.kind, allow_loss=allow_loss)
-
-    def unmerge(self, model: Transformer) -> None:
-        """The layers' own weights, bit for bit, with the vectors beside them."""
-        unfold(model, self._folded, self.kind)
-        self._folded = {}
-
-    def remove(self, model: Transformer) -> None:
-        """Take the vectors out."""
-        take_out(model, IA3Linear)
 
     def peft_config(self, model: Transformer) -> dict[str, Any]:
         """PEFT's `IA3Config`."""

@@ -11,12 +11,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ratoon.adapt.contract import Method
 from ratoon.base.errors import ArtifactError, ConfigError
 from ratoon.base.settings import Settings
 from ratoon.model.families import Rule
@@ -75,6 +76,12 @@ def joined_bias(layers: Sequence[nn.Module]) -> Tensor | None:
     """The biases of some layers' bases side by side; of a block's layers all have one, or none."""
     biases: list[Tensor] = [bias for bias in (_base(layer).bias for layer in layers) if bias is not None]
     return torch.cat(biases) if biases else None
+
+
+def outputs_of(layer: nn.Module) -> int:
+    """The width of what a plain layer gives."""
+    assert isinstance(layer, Linear)
+    return layer.out_features
 
 
 def _base(layer: nn.Module) -> Linear:
@@ -270,6 +277,37 @@ def unfold(model: nn.Module, folded: Mapping[str, Folded], method: str) -> None:
         if one.bias is not None:
             one.module.base.bias.data = one.bias
         place(model, name, one.module)
+
+
+class Beside(Method):
+    """What methods have in common whose parts stand in the places of linear layers: where the parts are may be told by
+    a config of PEFT, and they can be folded in, unfolded and taken out."""
+
+    part: ClassVar[type[Adapted]]
+    """The module that stands in a layer's place."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._told: Mapping[str, Any] | None = None
+        """A config of PEFT that says where the parts are; None: the settings do."""
+        self._folded: dict[str, Folded] = {}
+
+    @property
+    def exact(self) -> bool:
+        return self._told is None
+
+    def merge(self, model: Transformer, *, allow_loss: bool = False) -> None:
+        """What layer and parts compute together, in the layer's place."""
+        self._folded = fold_in(model, self.part, self.kind, allow_loss=allow_loss)
+
+    def unmerge(self, model: Transformer) -> None:
+        """The layers' own weights, bit for bit, with the parts beside them."""
+        unfold(model, self._folded, self.kind)
+        self._folded = {}
+
+    def remove(self, model: Transformer) -> None:
+        """Take the parts out."""
+        take_out(model, self.part)
 
 
 def _expect_no_loss(found: Mapping[str, Adapted], method: str) -> None:

@@ -17,29 +17,27 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ratoon.adapt.contract import Method, freeze
+from ratoon.adapt.contract import freeze
 from ratoon.adapt.inject import (
     PREFIX,
     Adapted,
-    Folded,
+    Beside,
     SiteSettings,
     Unit,
     Values,
     adapted,
     can_join,
     chosen_sites,
-    fold_in,
     joined_base,
     joined_bias,
     named_units,
+    outputs_of,
     pattern_of,
     place,
     plain_layer,
     refuse_unknown,
     say_targets,
-    take_out,
     told_units,
-    unfold,
     units,
 )
 from ratoon.base.seeds import derive
@@ -110,18 +108,13 @@ def joined_change(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
             downs.append(down_RI)
             ups.append(up_OR)
         else:
-            ups.append(x.new_zeros(_outputs(layer), 0))
+            ups.append(x.new_zeros(outputs_of(layer), 0))
     if len(mine) > 1 and all(layer.shared() is mine[0].shared() for layer in mine[1:]):  # fused layers have one A
         rank = len(downs[0])
         ups = [up_OR if up_OR.shape[1] else x.new_zeros(len(up_OR), rank) for up_OR in ups]
         return (x @ downs[0].t()) @ torch.cat(ups).t()
     up: Tensor = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
     return (x @ torch.cat(downs).t()) @ up.t()
-
-
-def _outputs(layer: nn.Module) -> int:
-    assert isinstance(layer, Linear)
-    return layer.out_features
 
 
 class LoraLinear(LowRank):
@@ -190,7 +183,7 @@ class DoraLinear(LoraLinear):
         if not can_join(layers, type(self)):
             return None
         gains = [
-            layer.gain() if isinstance(layer, DoraLinear) else torch.ones(_outputs(layer), device=x.device)
+            layer.gain() if isinstance(layer, DoraLinear) else torch.ones(outputs_of(layer), device=x.device)
             for layer in layers
         ]
         h = joined_base(layers, x, with_bias=False) + joined_change(layers, self._dropped(x))
@@ -208,21 +201,12 @@ class Parts:
     alpha: float
 
 
-class Lora(Method):
-    """Two small matrices beside each chosen layer; the layers themselves are frozen."""
+class Lora(Beside):
+    """Two small matrices beside each chosen layer, which are frozen; folded in as in section 4.1 of the paper."""
 
     kind = "lora"
+    part = LoraLinear
     settings: LoraSettings
-
-    def __init__(self, settings: LoraSettings) -> None:
-        super().__init__(settings)
-        self._told: Mapping[str, Any] | None = None
-        """A config of PEFT that says where the parts are; None: the settings do."""
-        self._folded: dict[str, Folded] = {}
-
-    @property
-    def exact(self) -> bool:
-        return self._told is None
 
     def _units(self, model: Transformer) -> list[Parts]:
         settings, told = self.settings, self._told
@@ -262,19 +246,6 @@ class Lora(Method):
         return sum(
             one.rank * (one.unit.inputs + one.unit.outputs) + each * one.unit.outputs for one in self._units(model)
         )
-
-    def merge(self, model: Transformer, *, allow_loss: bool = False) -> None:
-        """W + s B A, or DoRA's, in the layers' place (arXiv:2106.09685, section 4.1)."""
-        self._folded = fold_in(model, LoraLinear, self.kind, allow_loss=allow_loss)
-
-    def unmerge(self, model: Transformer) -> None:
-        """The layers' own weights, bit for bit, with the matrices beside them."""
-        unfold(model, self._folded, self.kind)
-        self._folded = {}
-
-    def remove(self, model: Transformer) -> None:
-        """Take the matrices out."""
-        take_out(model, LoraLinear)
 
     def facts(self, model: Transformer) -> dict[str, Any]:
         """How many layers have matrices, and their ranks."""
