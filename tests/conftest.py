@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -41,3 +43,29 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder that is the current one: where a user types."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def made_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A little model of random weights that reads bytes, as a folder; tests copy it."""
+    import little_tasks
+
+    return little_tasks.base(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two threads on tensors of a toy's size wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def with_base(own_folder: Path, made_base: Path, one_thread: None) -> Path:
+    """The current folder, with a base in it: where a user fine-tunes."""
+    shutil.copytree(made_base, own_folder / "base")
+    return own_folder

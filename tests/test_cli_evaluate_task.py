@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +10,15 @@ import pytest
 import torch
 import yaml
 
-import little_tasks
 from little_tasks import KINDS, rows_of, table, write
 from ratoon.cli.main import run as ratoon
 
 WITHOUT_FLOOR = {"generation", "dialogue", "preference"}
 
 
-@pytest.fixture(scope="session")
-def made_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return little_tasks.base(tmp_path_factory.mktemp("base") / "base")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
-def place(own_folder: Path, made_base: Path) -> Path:
-    shutil.copytree(made_base, own_folder / "base")
-    return own_folder
+def place(with_base: Path) -> Path:
+    return with_base
 
 
 def tuned(kind: str, place: Path, count: int = 24, **changes: Any) -> None:

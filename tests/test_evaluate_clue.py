@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
-import little_tasks
 from little_tasks import rows_of, table, write
 from ratoon.cli.main import run as ratoon
 from ratoon.evaluate.clue import PARTS, TNEWS_CODES, entities, submission
@@ -91,12 +88,8 @@ def test_entities_go_back_into_their_form(shared_data: Path) -> None:
 
 
 @pytest.fixture
-def place(own_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    shutil.copytree(little_tasks.base(tmp_path_factory.mktemp("base") / "base"), own_folder / "base")
-    yield own_folder
-    torch.set_num_threads(threads)
+def place(with_base: Path) -> Path:
+    return with_base
 
 
 def test_the_suite_measures_the_runs_that_are_here(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,8 +29,9 @@ from ratoon.evaluate.floor.kinds import (
 from ratoon.evaluate.floor.run import FLOORS, floors
 from ratoon.evaluate.floor.sentences import sentences
 from ratoon.evaluate.metrics.overlap import summaries
-from ratoon.evaluate.metrics.tagging import iob2, tagging
+from ratoon.evaluate.metrics.tagging import tagging
 from ratoon.tasks.registry import TASKS
+from ratoon.tasks.tagging import iob2
 
 SENTIMENT = Labelled(
     ["a good film", "good and nice", "a bad film", "bad, just bad", "so good", "the film was nice"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import little_tasks
 from little_tasks import KINDS, rows_of, table, write
 from ratoon.adapt.folder import is_adapter
 from ratoon.base.errors import ConfigError
@@ -23,25 +21,9 @@ from ratoon.generate.lm import load
 from ratoon.generate.translate import Translator
 
 
-@pytest.fixture(scope="session")
-def made_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return little_tasks.base(tmp_path_factory.mktemp("base") / "base")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    """Two threads on tensors of this size wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
-def place(own_folder: Path, made_base: Path) -> Path:
-    """The current folder, with a base in it."""
-    shutil.copytree(made_base, own_folder / "base")
-    return own_folder
+def place(with_base: Path) -> Path:
+    return with_base
 
 
 def finetune(recipe: dict[str, Any], *arguments: str) -> int:
@@ -393,15 +375,26 @@ def test_perturbed_copies_stand_beside_their_rows(place: Path, capsys: pytest.Ca
     write(place / "rows.jsonl", rows_of("classification"))
     recipe = table("classification", noise={"perturbed_copies": 2, "strength": 0.3})
     assert finetune(recipe, "--show", "60", "--json") == 0
-    shown = json.loads(capsys.readouterr().out)["examples"]
+    said = capsys.readouterr()
+    shown = json.loads(said.out)["examples"]
     rows = [one["id"] for one in shown if "~" not in one["id"]]
-    assert len(shown) == 3 * len(rows)
+    copies = [one["id"] for one in shown if "~" in one["id"]]
     text = {one["id"]: "".join(token["text"] for token in one["text"]) for one in shown}
     label = {one["id"]: one["text"][-1]["target"] for one in shown}
-    changed = [row for row in rows for copy in (1, 2) if text[f"{row}~{copy}"] != text[row]]
-    assert len(changed) > len(rows), "most copies differ"
-    assert all(label[f"{row}~{copy}"] == label[row] for row in rows for copy in (1, 2))
+    assert len(copies) > len(rows) and all(text[copy] != text[copy.split("~")[0]] for copy in copies)
+    assert all(label[copy] == label[copy.split("~")[0]] for copy in copies)
+    unchanged = 2 * len(rows) - len(copies)
+    assert f"{len(copies):,} perturbed copies of training records; {unchanged:,} came out unchanged" in said.err
     assert finetune(recipe) == 0
+
+
+def test_copies_after_which_an_answer_may_be_wrong_are_refused(place: Path) -> None:
+    write(place / "rows.jsonl", rows_of("classification"))
+    with pytest.raises(ConfigError, match="'negation' may change what the right label is"):
+        finetune(table("classification", noise={"perturbed_copies": 1, "perturb": ["negation"]}))
+    write(place / "rows.jsonl", rows_of("tagging"))
+    with pytest.raises(ConfigError, match="'drops' may change the number of words"):
+        finetune(table("tagging", name="other", noise={"perturbed_copies": 1, "perturb": ["drops"]}))
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------

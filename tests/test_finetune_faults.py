@@ -21,16 +21,9 @@ from ratoon.generate.lm import load
 Rows = list[dict[str, Any]]
 
 
-@pytest.fixture(scope="session")
-def made_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return little_tasks.base(tmp_path_factory.mktemp("base") / "base")
-
-
 @pytest.fixture
-def place(own_folder: Path, made_base: Path) -> Path:
-    """The current folder, with a base in it."""
-    shutil.copytree(made_base, own_folder / "base")
-    return own_folder
+def place(with_base: Path) -> Path:
+    return with_base
 
 
 def finetune(recipe: dict[str, Any], rows: Rows | None = None, *arguments: str) -> int:

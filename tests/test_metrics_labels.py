@@ -15,8 +15,9 @@ from sklearn import metrics as sk
 from ratoon.base.errors import DataError
 from ratoon.base.seeds import stream
 from ratoon.evaluate.metrics.classification import NO_LABEL, classification, multi_label
-from ratoon.evaluate.metrics.tagging import iob2, spans, strict_spans, tagging
+from ratoon.evaluate.metrics.tagging import spans, strict_spans, tagging
 from ratoon.evaluate.metrics.value import Measured, bootstrap
+from ratoon.tasks.tagging import iob2
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

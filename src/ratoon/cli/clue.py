@@ -113,12 +113,12 @@ def _measured(
 ) -> dict[str, Any]:
     """One part: its run measured, its submission written."""
     from ratoon.cli.evaluate_task import Asked, answered_rows, measured_model
-    from ratoon.cli.measure import working_dtype
     from ratoon.cli.sampling import load_model
     from ratoon.evaluate.clue import submission
     from ratoon.store.atomic import write_text
+    from ratoon.train.device import fast_dtype
 
-    lm = load_model(run, dtype or working_dtype(), device)
+    lm = load_model(run, dtype or fast_dtype(), device)
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"part": part.name, "run": run}
     if not files or "dev" in files:

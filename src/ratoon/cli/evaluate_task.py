@@ -105,7 +105,9 @@ def measured_model(lm: LanguageModel, files: Sequence[str], asked: Asked) -> Tas
         lm, task, parts.test, language=language, too_long=too_long_of(lm), seen_places=parts.seen_test_places,
         progress=progress("records"),
     )  # fmt: skip
-    report.facts["model"] = lm.name
+    report.facts |= {"model": lm.name, "dtype": str(lm.model.head_weight().dtype).removeprefix("torch.")}
+    if report.cut:
+        talk(report.cut)
     ledger = _run_folder(lm) / "ledger.json"
     if not files and ledger.is_file():
         report.facts["ledger"] = json.loads(ledger.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ record is the task's, what is trained the method's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,7 +116,7 @@ def read_material(
     told: dict[str, Any] = {"too_long": settings.too_long, "on_bad_row": settings.on_bad_row}
     room, unfit = int(recipe.train.get("context_tokens") or 256) - leading, list[Any]()
     ledger = parts.ledgers["train"]
-    train = encode_records(task, perturbed(recipe, task, parts), tokenizer, ledger, room_tokens=room, **told)
+    train = encode_records(task, perturbed(recipe, task, parts, talk), tokenizer, ledger, room_tokens=room, **told)
     validation = encode_records(
         task, parts.validation, tokenizer, parts.ledgers["validation"], room_tokens=room, unfit=unfit, **told
     )
@@ -156,29 +157,30 @@ def read_all(recipe: TuneRecipe, task: Task[Any]) -> Parts:
     return read_parts(task, recipe.data, seed=recipe.seed)
 
 
-def perturbed(recipe: TuneRecipe, task: Task[Any], parts: Parts) -> list[Any]:
-    """The training records with perturbed copies beside them, where that is asked for."""
+def perturbed(recipe: TuneRecipe, task: Task[Any], parts: Parts, talk: Callable[[str], None]) -> list[Any]:
+    """The training records with perturbed copies beside them, where that is asked for; what came out as it went in is
+    counted and said. Raises `ConfigError` for perturbations after which an answer may be wrong."""
     noise = recipe.noise
     if not noise.perturbed_copies:
         return parts.train
-    from ratoon.base.seeds import stream
-    from ratoon.text.perturb import PERTURBATIONS
+    from ratoon.evaluate.task_robust import bearable, protected
+    from ratoon.text.perturb import perturbed_copies
 
-    unknown = [name for name in noise.perturb if name not in PERTURBATIONS]
-    if unknown or not noise.perturb:
-        raise ConfigError(
-            f"there is no perturbation '{unknown[0]}'" if unknown else "no perturbation is named",
-            where="noise.perturb",
-            expected=", ".join(PERTURBATIONS),
-        )
-    records = list(parts.train)
-    for copy in range(noise.perturbed_copies):
-        for number, record in enumerate(parts.train):
-            kind = PERTURBATIONS[noise.perturb[(number + copy) % len(noise.perturb)]]
-            random = stream(recipe.seed, "perturb", copy, number)
-            text = kind(task.text(record), noise.strength, random)
-            changed = task.with_text(record, text)
-            records.append(replace(changed, id=f"{record.id}~{copy + 1}", place=f"{record.place}~{copy + 1}"))
+    texts = [task.text(record) for record in parts.train]
+    found = perturbed_copies(
+        texts, bearable(task, noise.perturb, where="noise.perturb"), noise.strength, seed=recipe.seed,
+        rounds=noise.perturbed_copies, protected=[protected(task, text) for text in texts],
+    )  # fmt: skip
+    talk(
+        f"{len(found.copies):,} perturbed copies of training records; {found.unchanged:,} came out unchanged: left out"
+    )
+    records, copies = list(parts.train), Counter[int]()
+    for copy in found.copies:
+        record = parts.train[copy.source]
+        copies[copy.source] += 1
+        mark = f"~{copies[copy.source]}"
+        changed = task.with_text(record, copy.edited.text)
+        records.append(replace(changed, id=f"{record.id}{mark}", place=f"{record.place}{mark}"))
     return records
 
 
@@ -239,9 +241,9 @@ class _Job(Job):
     def _begin(self, method: Method, rows: Parts) -> tuple[LanguageModel, list[Any]]:
         """The model that is trained, with its tokenizer, and what it is made from."""
         from ratoon.cli.export import model_parent
-        from ratoon.cli.measure import working_dtype
         from ratoon.generate.lm import load, locate
         from ratoon.store.artifact import Parent
+        from ratoon.train.device import fast_dtype
 
         name = self.recipe.model.base
         if name is None:
@@ -256,7 +258,7 @@ class _Job(Job):
             return new_model(self.recipe, self.run, self.talk, rows)
         # A frozen base may be held in the type that training computes with; what is trained or merged may not.
         exact = method.kind == "full" or self.recipe.merge or self.recipe.train.get("precision", "auto") != "auto"
-        lm = load(name, dtype="float32" if exact else working_dtype(), device="cpu")
+        lm = load(name, dtype="float32" if exact else fast_dtype(), device="cpu")
         if lm.tokenizer is None:
             raise ArtifactError(f"the model '{name}' has no tokenizer", where="model.base", expected="tokenizer.json")
         lm.virtual_tokens = method.virtual_tokens

@@ -28,14 +28,16 @@ def measure_run(run: Run, task: Task[Any], parts: Parts, *, language: str, talk:
     """Measure the run's model, as it was saved, on its test records; returns the figures."""
     from ratoon.evaluate.task import evaluate_task
     from ratoon.generate.lm import load
+    from ratoon.train.device import fast_dtype
 
-    lm = load(str(run.folder), dtype=working_dtype(), device=None)
+    dtype = fast_dtype()
+    lm = load(str(run.folder), dtype=dtype)
     began = time.perf_counter()
     report = evaluate_task(
         lm, task, parts.test, language=language, too_long=lm.facts.get("data", {}).get("too_long", "cut-right"),
         seen_places=parts.seen_test_places, progress=progress("records"),
     )  # fmt: skip
-    report.facts |= {"model": run.name, "seconds": time.perf_counter() - began, "dtype": working_dtype()}
+    report.facts |= {"model": run.name, "seconds": time.perf_counter() - began, "dtype": dtype}
     ledger = run.folder / "ledger.json"
     if ledger.is_file():
         report.facts["ledger"] = json.loads(ledger.read_text(encoding="utf-8"))
@@ -43,15 +45,6 @@ def measure_run(run: Run, task: Task[Any], parts: Parts, *, language: str, talk:
     for sentence in lines(report):
         talk(sentence)
     return summary(report)
-
-
-def working_dtype() -> str:
-    """bfloat16 where the processor multiplies it fast, as in training; else float32."""
-    import torch
-
-    from ratoon.model import fused
-
-    return "bfloat16" if torch.cuda.is_available() or fused.usable() else "float32"
 
 
 def write_report(folder: Path, report: TaskReport, language: Literal["en", "zh"] = "en") -> None:
@@ -111,7 +104,7 @@ def lines(report: TaskReport) -> list[str]:
     if report.copies and report.without_copies is not None:
         main = report.without_copies.values[0]
         said.append(f"without {report.copies:,} records that also stand in training: {main.name} {main.value:.4f}")
-    return said
+    return said + ([report.cut] if report.cut else [])
 
 
 def progress(what: str) -> Callable[[int, int], None]:

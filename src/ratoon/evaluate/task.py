@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,8 @@ class Prediction:
     text: str | None = None
     nats: float | None = None
     tokens: int = 0
+    cut_tokens: int = 0
+    """Tokens of the record that the model did not read."""
 
     def as_dict(self, task: Task[Any]) -> dict[str, Any]:
         """The prediction as a line of predictions.jsonl."""
@@ -57,6 +59,8 @@ class Prediction:
             facts["probabilities"] = [round(float(one), 6) for one in self.probabilities]
         if self.text is not None:
             facts["text"] = self.text
+        if self.cut_tokens:
+            facts["cut_tokens"] = self.cut_tokens
         return facts
 
 
@@ -77,6 +81,12 @@ class TaskReport:
     without_copies: Measured | None = None
     copies: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cut(self) -> str | None:
+        """What the model did not read of the records, as a sentence; None: it read all."""
+        found = self.facts.get("cut")
+        return found and f"{found['records']:,} records were too long: {found['tokens']:,} tokens were not read"
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the predictions as plain values."""
@@ -118,6 +128,7 @@ def evaluate_task(
     for record in records:
         task.check(record)
     predictions = predict(lm, task, records, too_long=too_long, sampling=sampling, progress=progress)
+    cut = [one.cut_tokens for one in predictions if one.cut_tokens]
     clean = [one for one in predictions if one.record.place not in seen_places]
     copies = len(predictions) - len(clean)
     return TaskReport(
@@ -126,6 +137,7 @@ def evaluate_task(
         measure(task, predictions, language),
         measure(task, clean, language) if copies and clean else None,
         copies,
+        {"cut": {"records": len(cut), "tokens": sum(cut)}} if cut else {},
     )
 
 
@@ -142,7 +154,7 @@ def predict(
     if task.head() is not None:
         return _by_head(lm, task, records, too_long, progress)
     if task.measure == "preference":
-        return _by_likelihood(lm, task, records, too_long, progress)
+        return _by_likelihood(lm, task, records, too_long)
     return _by_decoding(lm, task, records, too_long, sampling, progress)
 
 
@@ -150,10 +162,7 @@ def encode(lm: LanguageModel, task: Task[Any], record: Any, too_long: TooLong, r
     """A record as examples, as training sees it."""
     if lm.tokenizer is None:
         raise ArtifactError(f"'{lm.name}' has no tokenizer, and text cannot be read without one")
-    try:
-        return task.encode(record, lm.tokenizer, room_tokens=room_tokens, too_long=too_long)
-    except ConfigError:  # a policy that the task does not have
-        return task.encode(record, lm.tokenizer, room_tokens=room_tokens, too_long="cut-right")
+    return task.encode(record, lm.tokenizer, room_tokens=room_tokens, too_long=too_long)
 
 
 def _by_head(
@@ -181,9 +190,11 @@ def _by_head(
     examples: list[Example] = []
     owner: list[int] = []
     places: list[Any] = []
+    cut: list[int] = []
     for number, record in enumerate(records):
         found = encode(lm, task, record, policy, room)
         places.append(found.places)
+        cut.append(found.cut_tokens)
         if not found.examples:
             raise DataError(f"the record cannot be put to the model: {found.reason}", where=record.place)
         examples += found.examples
@@ -201,7 +212,7 @@ def _by_head(
             predictions.append(Prediction(record, task.read_scores(record, np.concatenate(parts))))
         else:
             predictions.append(Prediction(record, task.read_scores(record, list(zip(places_of, parts, strict=True)))))
-    return predictions
+    return [replace(one, cut_tokens=tokens) for one, tokens in zip(predictions, cut, strict=True)]
 
 
 def _joined_scores(
@@ -300,11 +311,15 @@ def _by_decoding(
 ) -> list[Prediction]:
     """Greedy answers, unless a sampling says otherwise, and how likely the right ones were."""
     if task.measure == "perplexity":
-        nats, tokens = likelihoods(lm, task, records, too_long)
-        return [Prediction(r, None, nats=n, tokens=t) for r, n, t in zip(records, nats, tokens, strict=True)]
+        found = likelihoods(lm, task, records, too_long)
+        return [
+            Prediction(record, None, nats=sum(one.nats), tokens=sum(one.tokens), cut_tokens=one.cut_tokens)
+            for record, one in zip(records, found, strict=True)
+        ]
     assert lm.tokenizer is not None
     questions = [
-        task.question(record, lm.tokenizer, room_tokens=lm.context_tokens - lm.virtual_tokens) for record in records
+        task.question(record, lm.tokenizer, room_tokens=lm.context_tokens - lm.virtual_tokens, too_long=too_long)
+        for record in records
     ]
     order = sorted(range(len(records)), key=lambda number: -len(questions[number].ids))
     texts: list[str] = [""] * len(records)
@@ -318,8 +333,8 @@ def _by_decoding(
         if progress is not None:
             progress(min(start + chunk, len(order)), len(order))
     return [
-        Prediction(record, task.read_answer(record, text), text=text)
-        for record, text in zip(records, texts, strict=True)
+        Prediction(record, task.read_answer(record, text), text=text, cut_tokens=question.cut_tokens)
+        for record, text, question in zip(records, texts, questions, strict=True)
     ]
 
 
@@ -335,25 +350,34 @@ def _searching(task: Task[Any], max_new_tokens: int) -> Sampling:
     return Sampling(max_new_tokens=max_new_tokens, temperature=0.0, num_beams=beams, **norm)
 
 
+@dataclass
+class Likelihoods:
+    """Of one record: -log p of what is learned in nats, and of how many tokens, for what stands in it (0) and beside it
+    (1); split records are summed. `cut_tokens`: what was not read."""
+
+    nats: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    tokens: list[int] = field(default_factory=lambda: [0, 0])
+    cut_tokens: int = 0
+
+
 @torch.no_grad()
-def likelihoods(
-    lm: LanguageModel, task: Task[Any], records: Sequence[Any], too_long: TooLong
-) -> tuple[list[float], list[int]]:
-    """-log p of what is learned of each record in nats, and of how many tokens; split records are summed."""
+def likelihoods(lm: LanguageModel, task: Task[Any], records: Sequence[Any], too_long: TooLong) -> list[Likelihoods]:
+    """How likely what is learned of each record is. Raises `DataError` where nothing of any record fits."""
     from ratoon.model.likelihood import token_losses
 
     examples: list[Example] = []
-    owner: list[int] = []
+    owner: list[tuple[int, int]] = []
+    sums = [Likelihoods() for _ in records]
     room = lm.context_tokens - lm.virtual_tokens
     for number, record in enumerate(records):
         found = encode(lm, task, record, too_long, room)
+        sums[number].cut_tokens = found.cut_tokens
         for example in found.examples:
-            one: Example | None = example
-            while one is not None:
+            for side, one in enumerate(one for one in (example, example.beside) if one is not None):
                 examples.append(Example(one.ids, one.weight, one.name))
-                owner.append(number)
-                one = one.beside
-    nats, tokens = [0.0] * len(records), [0] * len(records)
+                owner.append((number, side))
+    if not examples:
+        raise DataError("no record fits the model", where=records[0].place, expected=f"at most {room:,} tokens")
     row_tokens = min(lm.context_tokens, max(256, max(example.places for example in examples) + lm.virtual_tokens))
     device = lm.model.head_weight().device
     for batch, rows in in_order(
@@ -362,44 +386,22 @@ def likelihoods(
         hidden_BTD, _, _ = _read(lm.model, batch, device)
         loss_BT = token_losses(lm.model, hidden_BTD, torch.from_numpy(batch.targets_BT).to(device)).cpu().numpy()
         for row, members in enumerate(rows):
-            for document, number in enumerate(members):
+            for document, place in enumerate(members):
                 learned = (batch.document_BT[row] == document) & (batch.weight_BT[row] > 0)
-                nats[owner[number]] += float(loss_BT[row][learned].sum(dtype=np.float64))
-                tokens[owner[number]] += int(learned.sum())
-    return nats, tokens
+                number, side = owner[place]
+                sums[number].nats[side] += float(loss_BT[row][learned].sum(dtype=np.float64))
+                sums[number].tokens[side] += int(learned.sum())
+    return sums
 
 
-def _by_likelihood(
-    lm: LanguageModel, task: Task[Any], records: Sequence[Any], too_long: TooLong, progress: Progress | None
-) -> list[Prediction]:
+def _by_likelihood(lm: LanguageModel, task: Task[Any], records: Sequence[Any], too_long: TooLong) -> list[Prediction]:
     """Pairs: which of the two answers the model finds likelier, per token."""
-    chosen: list[float] = []
-    rejected: list[float] = []
-    for side, nats_per_token in ((0, chosen), (1, rejected)):
-        one_sided = _OneSide(task, side)
-        nats, tokens = likelihoods(lm, one_sided, records, too_long)  # type: ignore[arg-type]
-        nats_per_token += [n / max(t, 1) for n, t in zip(nats, tokens, strict=True)]
-    return [
-        Prediction(record, "chosen" if c < r else "rejected", probabilities=None, nats=c - r)
-        for record, c, r in zip(records, chosen, rejected, strict=True)
-    ]
-
-
-@dataclass
-class _OneSide:
-    """A task of pairs that gives one side of each alone."""
-
-    task: Task[Any]
-    side: int
-
-    def encode(self, record: Any, tokenizer: Any, *, room_tokens: int, too_long: TooLong) -> Encoded:
-        found = self.task.encode(record, tokenizer, room_tokens=room_tokens, too_long=too_long)
-        examples = []
-        for example in found.examples:
-            one = example if self.side == 0 else example.beside
-            assert one is not None
-            examples.append(Example(one.ids, one.weight, one.name))
-        return Encoded(examples, found.rendered_tokens)
+    predictions = []
+    for record, one in zip(records, likelihoods(lm, task, records, too_long), strict=True):
+        chosen, rejected = (nats / max(tokens, 1) for nats, tokens in zip(one.nats, one.tokens, strict=True))
+        answer = "chosen" if chosen < rejected else "rejected"
+        predictions.append(Prediction(record, answer, nats=chosen - rejected, cut_tokens=one.cut_tokens))
+    return predictions
 
 
 def measure(task: Task[Any], predictions: Sequence[Prediction], language: str, **drawing: Any) -> Measured:

@@ -8,7 +8,7 @@ of it `robust.py`'s and `attack.py`'s.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +57,10 @@ def perturbed(
     texts = [task.text(record) for record in records]
     # A text carries its record's number: groups, contexts and answers of the record belong to it.
     marks = [f"{number}\n" for number in range(len(records))]
+    spans = [
+        [(0, len(mark)), *((start + len(mark), stop + len(mark)) for start, stop in protected(task, text))]
+        for mark, text in zip(marks, texts, strict=True)
+    ]
 
     def answers(marked: list[str]) -> list[Any]:
         asked = []
@@ -79,7 +83,7 @@ def perturbed(
         strengths=strengths,
         seed=seed,
         material=material,
-        protected=[_protected(task, mark, text) for mark, text in zip(marks, texts, strict=True)],
+        protected=spans,
     ).as_dict()
     for curve in found["curves"]:
         for example in curve["examples"]:
@@ -95,28 +99,33 @@ def _alone(record: Any) -> Any:
 
 def _names(task: Task[Any], names: Sequence[str], material: Material) -> list[str]:
     """The perturbations that are measured: those named, else all that the task can bear and that have material."""
-    bearable = SAME_WORDS if task.measure == "tagging" else tuple(PERTURBATIONS)
+    if names:
+        return bearable(task, names, where="--perturb")
+    every = bearable(task, PERTURBATIONS, where="--perturb") if task.measure != "tagging" else list(SAME_WORDS)
+    return [name for name in every if material.names.by_kind or not PERTURBATIONS[name].needs_names]
+
+
+def bearable(task: Task[Any], names: Iterable[str], *, where: str) -> list[str]:
+    """The names, if the task can bear what they do. Raises `ConfigError` for one that may change the number of words
+    where each word has a tag; unknown names are `text/perturb.py`'s to refuse."""
     for name in names:
-        if name in PERTURBATIONS and name not in bearable:
+        if task.measure == "tagging" and name in PERTURBATIONS and name not in SAME_WORDS:
             raise ConfigError(
                 f"'{name}' may change the number of words, and each has a tag",
-                where="--perturb",
-                expected=", ".join(bearable),
+                where=where,
+                expected=", ".join(SAME_WORDS),
             )
-    if names:
-        return list(names)
-    return [name for name in bearable if material.names.by_kind or not PERTURBATIONS[name].needs_names]
+    return list(names)
 
 
-def _protected(task: Task[Any], mark: str, text: str) -> list[Span]:
-    """What stays as it is, in characters of mark and text."""
-    first = len(mark)
-    spans: list[Span] = [(0, first)]
+def protected(task: Task[Any], text: str) -> list[Span]:
+    """What of a record's text stays as it is: separators of its parts, and the text that an extractive answer must
+    stand in."""
     if task.kind == "extractive":
-        return [*spans, (first + len(text.partition("\n")[0]), first + len(text))]
+        return [(len(text.partition("\n")[0]), len(text))]
     between = str(getattr(task.settings, "join", "")) if task.measure == "tagging" else ""
     separators = "\n" + "".join(set(between))
-    return [*spans, *((first + at, first + at + 1) for at, one in enumerate(text) if one in separators)]
+    return [(at, at + 1) for at, one in enumerate(text) if one in separators]
 
 
 def attacked(lm: LanguageModel, report: TaskReport, queries: int, *, too_long: TooLong = "cut-right") -> dict[str, Any]:

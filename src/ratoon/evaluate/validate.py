@@ -7,7 +7,7 @@ measure where a head gives it at once, else the loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,20 @@ from ratoon.evaluate.task import ROW_TOKENS, measure, predict
 from ratoon.generate.lm import LanguageModel
 from ratoon.tasks.contract import Task
 from ratoon.tasks.example import Example
+
+NEIGHBOURS = 16
+"""Records of a part that are taken one after another: files are sorted by label, and sentences stand in documents."""
+
+T = TypeVar("T")
+
+
+def spread(items: Sequence[T], share: float) -> list[T]:
+    """About that share of the items (one at least), in runs of neighbours spread evenly over them all."""
+    runs = [items[start : start + NEIGHBOURS] for start in range(0, len(items), NEIGHBOURS)]
+    wanted = max(1, round(share * len(items)))
+    count = min(len(runs), -(-wanted // NEIGHBOURS))
+    chosen = [runs[number * len(runs) // count] for number in range(count)]
+    return [item for run in chosen for item in run][: max(wanted, 1)]
 
 
 class Validation:
@@ -37,17 +51,10 @@ class Validation:
         self.records, self.examples = list(records), list(examples)
 
     def callback(self, limit_tokens: int, language: str, context_tokens: int) -> Callable[[int, Any], dict[str, Any]]:
-        """What the loop calls: `(step, model) -> figures`. At most `limit_tokens` places are read, from the first
-        records on."""
-        room = limit_tokens
-        examples: list[Example] = []
-        for example in self.examples:
-            room -= example.places
-            if room < 0 and examples:
-                break
-            examples.append(example)
-        share = len(examples) / len(self.examples)
-        records = self.records[: max(1, round(share * len(self.records)))]
+        """What the loop calls: `(step, model) -> figures`. About `limit_tokens` places are read at most, spread over
+        the part in runs of neighbours."""
+        share = min(1.0, limit_tokens / sum(example.places for example in self.examples))
+        examples, records = spread(self.examples, share), spread(self.records, share)
 
         def evaluate(step: int, model: Any) -> dict[str, Any]:
             loss, weight = self._loss(model, examples, context_tokens)

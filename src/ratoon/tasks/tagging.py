@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -20,6 +20,12 @@ from ratoon.text.tokenizer import Tokenizer
 
 WORDS = Named("words", ("words", "tokens"))
 TAGS = Named("tags", ("tags", "ner_tags", "ner", "labels"))
+
+
+_TAKEN_AS = {"B": "B", "I": "I", "E": "I", "L": "I", "M": "I", "S": "B", "U": "B", "W": "B"}
+"""What the letters of IOBES, BILOU and BMES(W) are in IOB2, where an entity goes on."""
+_ENDS, _BEGINS = "ELSUW", "BSUW"
+"""Letters behind which an entity ends, and those that begin one."""
 
 
 class TaggingSettings(TaskSettings):
@@ -41,6 +47,8 @@ class Sentence(Record):
     words: tuple[str, ...]
     tags: tuple[str, ...]
     document: str = ""
+    number: int = 0
+    """Which sentence of its file it is, where the file says so."""
 
 
 class Tagging(Task[Sentence]):
@@ -63,8 +71,10 @@ class Tagging(Task[Sentence]):
         if len(words) != len(tags):
             raise DataError(f"{len(words)} words have {len(tags)} tags", where=place, expected="one tag for each word")
         if self.settings.scheme == "iob2":
-            tags = iob2(tags)
-        return Sentence(str(row.get("id", place)), place, tuple(words), tuple(tags), str(row.get("document", "")))
+            tags = iob2(tags, place)
+        document, number = str(row.get("document", "")), row.get("sentence")
+        number = number if isinstance(number, int) else 0
+        return Sentence(str(row.get("id", place)), place, tuple(words), tuple(tags), document, number)
 
     def unanswered(self, row: Mapping[str, Any], place: str) -> Sentence:
         """Words of the row (of CLUENER's: characters); O stands in for the tags that are not told."""
@@ -75,8 +85,10 @@ class Tagging(Task[Sentence]):
 
     def together(self, before: Sentence, record: Sentence) -> bool:
         """Sentences of one document of one file, where the settings ask for it."""
-        same = before.document == record.document and before.place.rpartition(":")[0] == record.place.rpartition(":")[0]
-        return self.settings.context == "document" and record.document != "" and same
+        if self.settings.context == "sentence" or not record.document:
+            return False
+        same_file = before.place.rpartition(":")[0] == record.place.rpartition(":")[0]
+        return same_file and before.document == record.document and record.number == before.number + 1
 
     def settle(self, training: Sequence[Sentence]) -> list[str]:
         """Take the tags of the training records, O first."""
@@ -113,7 +125,7 @@ class Tagging(Task[Sentence]):
             raise DataError(
                 f"the changed text has {len(words)} words", where=record.place, expected=f"{len(record.words)}"
             )
-        return Sentence(record.id, record.place, words, record.tags, record.document)
+        return replace(record, words=words)
 
     def expected(self, record: Sentence) -> tuple[str, ...]:
         """The tags."""
@@ -183,15 +195,26 @@ class Tagging(Task[Sentence]):
         return tuple(self.labels[int(best)] for best in scores.argmax(-1))
 
 
-def iob2(tags: Sequence[str]) -> list[str]:
-    """IOB1 or IOB2 tags as IOB2: an entity's first word has B-, the others I-."""
-    found, before = [], "O"
-    for tag in tags:
-        if tag.startswith("I-") and (before == "O" or before[2:] != tag[2:]):
-            tag = "B-" + tag[2:]
-        found.append(tag)
-        before = tag
-    return found
+def iob2(tags: Sequence[str], place: str = "") -> list[str]:
+    """The same entities in IOB2: B- at the first token of each, I- at the others. Reads IOB1, IOB2, IOBES, BILOU and
+    BMES. Raises `DataError` for what is no tag of these."""
+    out = []
+    before, kind = "O", ""
+    for number, tag in enumerate(tags, start=1):
+        letter, dash, this = tag.partition("-")
+        if tag == "O":
+            out.append(tag)
+        elif letter not in _TAKEN_AS or not (dash and this):
+            raise DataError(
+                f"'{tag}' is no tag of IOB1, IOB2, IOBES, BILOU or BMES",
+                where=f"{place}, tag {number}" if place else f"tag {number}",
+                expected="O, or a letter, a dash and a type, as in B-PER",
+            )
+        else:
+            begins = letter in _BEGINS or before == "O" or before in _ENDS or this != kind
+            out.append(f"{'B' if begins else 'I'}-{this}")
+        before, kind = letter, this
+    return out
 
 
 def from_spans(text: str, label: Mapping[str, Any], place: str) -> tuple[list[str], list[str]]:

@@ -59,6 +59,12 @@ def has_fast_bf16() -> bool:
     return not processor_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
+def fast_dtype() -> str:
+    """What a model is best held in here: bfloat16 where it is multiplied fast, else float32."""
+    fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else has_fast_bf16()
+    return "bfloat16" if fast else "float32"
+
+
 def find_place(settings: TrainSettings) -> Place:
     """The device there is (a GPU before the CPU) and the precision that `settings.precision` means on it."""
     if torch.cuda.is_available():
@@ -68,8 +74,7 @@ def find_place(settings: TrainSettings) -> Place:
         device = torch.device("cpu")
     precision = settings.precision
     if precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_fast_bf16()
-        precision = "bf16" if fast else "float32"
+        precision = "bf16" if fast_dtype() == "bfloat16" else "float32"
     work = torch.bfloat16 if precision == "bf16" else torch.float32
     low = {"autocast-bf16": torch.bfloat16, "autocast-fp16": torch.float16}.get(precision)
     return Place(device, precision, work, low)

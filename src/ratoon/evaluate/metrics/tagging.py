@@ -22,11 +22,6 @@ from ratoon.evaluate.metrics.value import Floats, Head, Measured, measured, rati
 Span = tuple[str, int, int]
 """An entity: its type, its first token and the one behind its last."""
 
-_TAKEN_AS = {"B": "B", "I": "I", "E": "I", "L": "I", "M": "I", "S": "B", "U": "B", "W": "B"}
-"""What the letters of IOBES, BILOU and BMES(W) are in IOB2, where an entity goes on."""
-_ENDS, _BEGINS = "ELSUW", "BSUW"
-"""Letters behind which an entity ends, and those that begin one."""
-
 
 def tagging(
     expected: Sequence[Sequence[str]],
@@ -41,7 +36,7 @@ def tagging(
     Equal to seqeval (default and strict IOB2) and, for `token_…`, to scikit-learn's classification report over all
     tokens. Averages go over the types or tags that are expected or predicted somewhere. Intervals draw sentences.
     Tables: `per_entity`, `per_entity_strict`, `per_tag`, `confusion` (of tags). Raises `DataError` for sentences of
-    two lengths and for tags that are not O, B-type or I-type (`iob2` turns other schemes into these).
+    two lengths and for tags that are not O, B-type or I-type (`tasks.tagging.iob2` turns other schemes into these).
     """
     n = expect_pairs(expected, predicted)
     for number, (one, other) in enumerate(zip(expected, predicted, strict=True), start=1):
@@ -116,28 +111,6 @@ def strict_spans(tags: Sequence[str]) -> list[Span]:
         if letter == "B":
             began, kind = place, this
     return found
-
-
-def iob2(tags: Sequence[str]) -> list[str]:
-    """The same entities in IOB2: B- at the first token of each, I- at the others. Reads IOB1, IOB2, IOBES, BILOU and
-    BMES. Raises `DataError` for what is no tag of these."""
-    out = []
-    before, kind = "O", ""
-    for number, tag in enumerate(tags, start=1):
-        letter, dash, this = tag.partition("-")
-        if tag == "O":
-            out.append(tag)
-        elif letter not in _TAKEN_AS or not (dash and this):
-            raise DataError(
-                f"'{tag}' is no tag of IOB1, IOB2, IOBES, BILOU or BMES",
-                where=f"tag {number}",
-                expected="O, or a letter, a dash and a type, as in B-PER",
-            )
-        else:
-            begins = letter in _BEGINS or before == "O" or before in _ENDS or this != kind
-            out.append(f"{'B' if begins else 'I'}-{this}")
-        before, kind = letter, this
-    return out
 
 
 def _entity_counts(
