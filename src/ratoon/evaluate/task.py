@@ -59,6 +59,8 @@ class Prediction:
             facts["probabilities"] = [round(float(one), 6) for one in self.probabilities]
         if self.text is not None:
             facts["text"] = self.text
+        if self.tokens:
+            facts |= {"nats": self.nats, "tokens": self.tokens}
         if self.cut_tokens:
             facts["cut_tokens"] = self.cut_tokens
         return facts
@@ -404,10 +406,18 @@ def _by_likelihood(lm: LanguageModel, task: Task[Any], records: Sequence[Any], t
     return predictions
 
 
-def measure(task: Task[Any], predictions: Sequence[Prediction], language: str, **drawing: Any) -> Measured:
-    """The measures that belong to the task; `drawing` (seed, resamples) is for their intervals. Raises `ConfigError`
-    for a library that is missing."""
-    expected = [task.expected(one.record) for one in predictions]
+def measure(
+    task: Task[Any],
+    predictions: Sequence[Prediction],
+    language: str,
+    *,
+    expected: Sequence[Any] | None = None,
+    **drawing: Any,
+) -> Measured:
+    """The measures that belong to the task; `drawing` (seed, resamples) is for their intervals. `expected`: the right
+    answers, where the predictions come without their records. Raises `ConfigError` for a library that is missing."""
+    if expected is None:
+        expected = [task.expected(one.record) for one in predictions]
     answers = [one.answer for one in predictions]
     labels = list(getattr(task, "labels", ()))
     given = [one.probabilities for one in predictions]
