@@ -1,6 +1,7 @@
 """Curves as SVG that lives inside a page: no words in the picture, colours and fonts from the page's style sheet.
 
-Decides how points are thinned out and smoothed, and how an axis looks. Which curves there are is decided by `page.py`.
+Decides how points are thinned out and smoothed, and how an axis looks. Which curves there are is decided by
+`curves.py`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Frame:
-    """Size (in units of the view box) and scales of a picture; a dashed `level`, a ringed point `mark`."""
+    """Size (in units of the view box) and scales of a picture; a dashed `level`, a ringed point `mark`, dotted lines at
+    the places `borders` of the x axis."""
 
     width: int
     height: int
@@ -48,6 +50,7 @@ class Frame:
     level: float | None = None
     mark: tuple[float, float] | None = None
     mark_text: str = ""
+    borders: tuple[float, ...] = ()
 
 
 def envelope(x: Floats, y: Floats, buckets: int = BUCKETS) -> tuple[Floats, Floats]:
@@ -114,6 +117,8 @@ def draw(curves: Sequence[Curve], frame: Frame, *, key: str) -> str:
         for curve in curves:
             _curve(axes, curve)
         _limits(axes, curves, frame)
+        for border in frame.borders:
+            axes.axvline(border, color=INKS["ink-soft"], linewidth=1.0, dashes=(1.5, 3), alpha=0.8, zorder=1)
         if frame.mark is not None:
             _mark(axes, frame)
 
