@@ -16,6 +16,7 @@ VERBS: dict[str, str] = {
     "pretrain": "Train a model as a recipe says.",
     "finetune": "Fine-tune a model for a task, with all parameters or few.",
     "evaluate": "Measure a model on text, or at the task it was fine-tuned for.",
+    "compare": "Lay fine-tuned runs side by side: score, size, speed, memory.",
     "generate": "Let a model go on from a prompt.",
     "chat": "Talk with a model in the terminal.",
     "export": "Write a model as a Hugging Face folder.",

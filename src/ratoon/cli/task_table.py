@@ -10,7 +10,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ratoon.report.phrases import Language, duration, size
+from ratoon.report.phrases import Language, duration
 from ratoon.report.task_phrases import (
     count,
     figure_name,
@@ -25,6 +25,7 @@ from ratoon.report.task_records import FATES, Evaluation, Figure, confused_pairs
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 WIDTH = 110
 """Columns where the terminal does not tell how many it has."""
@@ -40,31 +41,38 @@ def show_task(
     Plain text, or with `colour` the signs that colour it on a terminal; `width` in columns. Raises `ArtifactError` for
     what is no evaluation.
     """
-    from rich.console import Console
     from rich.text import Text
 
     found = Evaluation.of(report)
+    lead = task_name(found.task, language)
+    named = f"{found.model}: {lead}" if found.model else lead
+    head = f"{named}, {phrase('n_of', language).format(n=count(found.n), unit=_unit('record', language))}\n"
+    said: list[str | Text] = [] if found.values else [phrase("nothing_measured", language)]
+    said += _sentences(found, language)
+    judged = verdict(found, language)
+    if judged is not None:
+        style = {"good": "bold green", "warn": "bold yellow", "bad": "bold red"}[judged[0]]
+        said.append(Text(judged[1], style=style))
+    return printed([head, *_parts(found, language), *said], width=width, colour=colour)
+
+
+def printed(parts: Sequence[str | Text | Table], *, width: int | None = None, colour: bool = False) -> str:
+    """Texts and tables as they stand on a terminal of `width` columns; a table that needs more gets them. Plain text,
+    or with `colour` the signs that colour it."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console(
         file=io.StringIO(), width=width or WIDTH, force_terminal=colour, no_color=not colour, highlight=False
     )
-    lead = task_name(found.task, language)
-    named = f"{found.model}: {lead}" if found.model else lead
-    console.print(Text(f"{named}, {phrase('n_of', language).format(n=count(found.n), unit=_unit('record', language))}"))
-    console.print()
-    judged = verdict(found, language)
-    for part in _parts(found, language):
-        # A table that needs more columns than there are gets them.
-        console.width = 10_000
-        console.width = max(width or WIDTH, console.measure(part).minimum)
-        console.print(part)
-    console.width = width or WIDTH
-    if not found.values:
-        console.print(Text(phrase("nothing_measured", language)))
-    for sentence in _sentences(found, language):
-        console.print(Text(sentence))
-    if judged is not None:
-        style = {"good": "bold green", "warn": "bold yellow", "bad": "bold red"}[judged[0]]
-        console.print(Text(judged[1], style=style))
+    for part in parts:
+        if isinstance(part, Table):
+            console.width = 10_000
+            console.width = max(width or WIDTH, console.measure(part).minimum)
+        else:
+            console.width = width or WIDTH
+        console.print(Text(part) if isinstance(part, str) else part)
     file = console.file
     assert isinstance(file, io.StringIO)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
@@ -72,12 +80,12 @@ def show_task(
 
 def _parts(found: Evaluation, language: Language) -> list[Table]:
     parts = [_figures(found, language), _floors(found, language), _against(found, language)]
-    parts += [_methods(found, language), *_counts(found, language), _confusions(found, language)]
+    parts += [*_counts(found, language), _confusions(found, language)]
     parts += [_robust(found, language), _ledger(found, language)]
     return [one for one in parts if one is not None]
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
     """A table whose first `left` columns are texts and whose others are numbers. What stands in it is no markup."""
     from rich import box
     from rich.cells import cell_len
@@ -132,7 +140,7 @@ def _figures(found: Evaluation, language: Language) -> Table | None:
         rows = [[*row[:3], *row[5:]] for row in rows]
     if clean:
         head.append("col_without")
-    return _table(phrase("h_figures", language), [phrase(key, language) for key in head], rows)
+    return table(phrase("h_figures", language), [phrase(key, language) for key in head], rows)
 
 
 def _in_line(name: str, beside: dict[str, Figure]) -> bool:
@@ -157,7 +165,7 @@ def _floors(found: Evaluation, language: Language) -> Table | None:
         rows.append([one.name, one.what, shown(one.main.value), _between(one.main), ahead, time])
     keys = ("col_95", "col_ahead", "col_seconds")
     head = [phrase("col_predictor", language), "", figure_name(main.name, language)]
-    return _table(phrase("h_floors", language), [*head, *(phrase(key, language) for key in keys)], rows, left=2)
+    return table(phrase("h_floors", language), [*head, *(phrase(key, language) for key in keys)], rows, left=2)
 
 
 def _against(found: Evaluation, language: Language) -> Table | None:
@@ -172,28 +180,11 @@ def _against(found: Evaluation, language: Language) -> Table | None:
         )
     keys = ("col_model", "col_figure", "col_ours", "col_theirs", "col_difference", "col_95", "col_p")
     head = [*(phrase(key, language) for key in keys), ""]
-    return _table(phrase("h_compare", language), head, rows, left=2) if rows else None
+    return table(phrase("h_compare", language), head, rows, left=2) if rows else None
 
 
 def _signs(ends: tuple[float, float], like: float | None) -> str:
     return "[" + ", ".join(signed(end, like) for end in ends) + "]"
-
-
-def _methods(found: Evaluation, language: Language) -> Table | None:
-    rows = [
-        [
-            one.name,
-            shown(one.score.value),
-            _between(one.score),
-            count(one.trainable_parameters),
-            count(one.tokens_per_second),
-            "–" if one.peak_memory_bytes is None else size(one.peak_memory_bytes),
-            "–" if one.disk_bytes is None else size(one.disk_bytes),
-        ]
-        for one in found.methods
-    ]
-    keys = ("col_run", "col_score", "col_95", "col_trainable", "col_speed", "col_memory", "col_disk")
-    return _table(phrase("h_methods", language), [phrase(key, language) for key in keys], rows) if rows else None
 
 
 def _counts(found: Evaluation, language: Language) -> list[Table]:
@@ -218,7 +209,7 @@ def _counts(found: Evaluation, language: Language) -> list[Table]:
             for one in rows
         ]  # fmt: skip
         if cells:
-            tables.append(_table(said, [phrase(first, language), *head], cells))
+            tables.append(table(said, [phrase(first, language), *head], cells))
     return tables
 
 
@@ -228,7 +219,7 @@ def _confusions(found: Evaluation, language: Language) -> Table | None:
     rows = [[one, other, count(times), f"{share:.1%}"] for one, other, times, share in pairs]
     keys = ("col_expected", "col_answered", "col_times", "col_share_of")
     head = [phrase(key, language) for key in keys]
-    return _table(phrase("pairs_note", language), head, rows, left=2) if rows else None
+    return table(phrase("pairs_note", language), head, rows, left=2) if rows else None
 
 
 def _robust(found: Evaluation, language: Language) -> Table | None:
@@ -242,7 +233,7 @@ def _robust(found: Evaluation, language: Language) -> Table | None:
         rows.append([curve.name, *scores, "–" if turned is None else f"{turned:.1%}", count(curve.points[0].n)])
     head = [phrase("col_perturbation", language), *(f"{strength:g}" for strength in strengths)]
     head += [phrase("col_flipped", language), phrase("col_n_short", language)]
-    return _table(phrase("h_robust", language), head, rows) if rows else None
+    return table(phrase("h_robust", language), head, rows) if rows else None
 
 
 def _ledger(found: Evaluation, language: Language) -> Table | None:
@@ -256,7 +247,7 @@ def _ledger(found: Evaluation, language: Language) -> Table | None:
     for one in accounts:
         part = phrase(f"part_{one.part}", language) if one.part in ("train", "validation", "test") else one.part
         head += [f"{part}: {phrase('col_rows', language)}", phrase("col_token_count", language)]
-    return _table(phrase("h_accounts", language), head, rows) if accounts else None
+    return table(phrase("h_accounts", language), head, rows) if accounts else None
 
 
 def _sentences(found: Evaluation, language: Language) -> list[str]:
