@@ -11,7 +11,7 @@ from typing import Any
 from ratoon.base.errors import ConfigError
 from ratoon.evaluate.floor import kinds
 from ratoon.evaluate.floor.run import floors
-from ratoon.evaluate.metrics.value import Measured, compare
+from ratoon.evaluate.metrics.value import Measured, Value, compare
 from ratoon.evaluate.task import Prediction, TaskReport, measure
 from ratoon.tasks.contract import Task
 
@@ -84,12 +84,19 @@ def sentence(measured: Measured, found: Sequence[dict[str, Any]]) -> str:
     known = [one for one in found if one["values"][0]["value"] is not None]
     best = max(known or found, key=lambda one: sign * (one["values"][0]["value"] or 0.0))
     theirs, paired = best["values"][0]["value"], best["paired"]
-    interval = paired["interval"]
-    if ours.value is None or theirs is None or interval is None:
+    interval, word = paired["interval"], standing(ours, theirs, paired)
+    if word is None:
         return f"{ours.name} is undefined: nothing can be said about the floor"
-    ahead, behind = (interval[0] > 0, interval[1] < 0) if sign > 0 else (interval[1] < 0, interval[0] > 0)
-    word = "beats" if ahead else "does NOT beat" if behind else "cannot be told from"
     return (
         f"the model {word} the best floor, {best['name']} ({best['what']}): {ours.name} {ours.value:.4f} against "
         f"{theirs:.4f}, difference {paired['difference']:+.4f} [{interval[0]:+.4f}, {interval[1]:+.4f}]"
     )
+
+
+def standing(ours: Value, theirs: float | None, paired: dict[str, Any]) -> str | None:
+    """Whether our figure beats another one, by the paired bootstrap of ours less it; None where one is undefined."""
+    interval = paired["interval"]
+    if ours.value is None or theirs is None or interval is None:
+        return None
+    low, high = interval if ours.higher_is_better else (-interval[1], -interval[0])
+    return "beats" if low > 0 else "does NOT beat" if high < 0 else "cannot be told from"
