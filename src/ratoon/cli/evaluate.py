@@ -27,7 +27,7 @@ DEFAULT_CONTEXT_TOKENS = 1024
 """Longer contexts cost much and change the loss little; whoever wants one says so."""
 OF_TEXT = ("context_tokens", "stride", "limit_tokens", "rows", "shorten", "field", "split_documents", "encoding",
            "on_bad_row")  # fmt: skip
-OF_TASKS = ("floor", "robust", "perturb", "strengths", "attack", "against", "unlabelled", "limit_rows", "out")
+OF_TASKS = ("floor", "base", "robust", "perturb", "strengths", "attack", "against", "unlabelled", "limit_rows", "out")
 OF_SUITES = ("data", "models")
 """Options that are read for text, for a task, for a suite."""
 
@@ -61,6 +61,7 @@ OF_SUITES = ("data", "models")
     "--models", multiple=True, metavar="PART=RUN", help="Suite: the run for a part, if not that of its recipe."
 )
 @click.option("--floor", is_flag=True, help="Task: put the cheap classics beside the model, and say who wins.")
+@click.option("--base", is_flag=True, help="Task: the base without its training, on the same rows.")
 @click.option("--robust", is_flag=True, help="Task: what typos, homophones and the like cost, by strength.")
 @click.option("--perturb", metavar="NAME,…", help="Task: only these perturbations; read with --robust.")
 @click.option("--strengths", metavar="0.1,…", help="Task: shares of the places touched; read with --robust.")
@@ -92,6 +93,7 @@ def command(
     data: Path | None,
     models: tuple[str, ...],
     floor: bool,
+    base: bool,
     robust: bool,
     perturb: str | None,
     strengths: str | None,
@@ -130,7 +132,7 @@ def command(
     _refuse(context, OF_SUITES, "without --suite")
     if model is None:
         raise click.UsageError("Missing argument 'MODEL'.")
-    asked = _asked(floor, robust, perturb, strengths, attack, against, limit_rows, unlabelled, out)
+    asked = _asked(floor, base, robust, perturb, strengths, attack, against, limit_rows, unlabelled, out)
     lm = load_model(model, dtype, device)
     if isinstance(lm.facts.get("task"), dict) and pairs is None:
         from ratoon.cli.evaluate_task import evaluate_task_model
@@ -227,6 +229,7 @@ def _on_text(
 
 def _asked(
     floor: bool,
+    base: bool,
     robust: bool,
     perturb: str | None,
     strengths: str | None,
@@ -243,7 +246,10 @@ def _asked(
     for name, value in (("--perturb", perturb), ("--strengths", strengths)):
         if value is not None and not robust:
             raise ConfigError(f"{name} has no effect without --robust", where="command line", fix="add --robust")
-    needs = {"--floor": floor, "--robust": robust, "--attack": attack is not None, "--against": against is not None}
+    needs = {
+        "--floor": floor, "--base": base, "--robust": robust, "--attack": attack is not None,
+        "--against": against is not None,
+    }  # fmt: skip
     for name, wanted in needs.items():
         if unlabelled and wanted:
             raise ConfigError(
@@ -256,7 +262,7 @@ def _asked(
     except ValueError:
         raise ConfigError(f"'{strengths}' is no list of shares", where="--strengths", expected="0.1,0.2") from None
     names = tuple(one.strip() for one in (perturb or "").split(",") if one.strip())
-    return Asked(floor, robust, names, levels, attack, against, limit_rows, unlabelled, out)
+    return Asked(floor, base, robust, names, levels, attack, against, limit_rows, unlabelled, out)
 
 
 def _on_files(

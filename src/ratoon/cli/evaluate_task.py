@@ -27,6 +27,7 @@ class Asked:
     """What the command line asks for beside the measures."""
 
     floor: bool = False
+    base: bool = False
     robust: bool = False
     perturb: tuple[str, ...] = ()
     strengths: tuple[float, ...] = ()
@@ -99,6 +100,10 @@ def measured_model(lm: LanguageModel, files: Sequence[str], asked: Asked) -> Tas
 
     task, recipe = task_of_model(lm), _recipe_of(lm)
     parts = _parts(task, recipe, files, asked)
+    if asked.base:
+        from ratoon.evaluate.base_of_task import expect_base
+
+        expect_base(lm, task)  # before anything is measured
     _say_notes(parts)
     language = str(lm.facts.get("data", {}).get("language", recipe.language))
     report = evaluate_task(
@@ -117,6 +122,8 @@ def measured_model(lm: LanguageModel, files: Sequence[str], asked: Asked) -> Tas
         report.facts["floors"] = beside(report, parts.train, language=language, seed=recipe.seed)
         talk(sentence(report.measured, report.facts["floors"]))
     if asked.robust:
+    if asked.base:
+        report.facts["base"] = _base(lm, report, str(recipe.model.base), language)
         report.facts["robust"] = _robust(lm, report, asked, language, recipe.seed)
     if asked.attack_queries is not None:
         from ratoon.evaluate.task_robust import attacked
@@ -222,6 +229,32 @@ def _robust(lm: LanguageModel, report: TaskReport, asked: Asked, language: str, 
 
 
 def _against(lm: LanguageModel, report: TaskReport, other: str, language: str) -> dict[str, Any]:
+def _base(lm: LanguageModel, report: TaskReport, name: str, language: str) -> dict[str, Any]:
+    """The run's base without its training on the same records. Raises `ArtifactError` where it is another one now."""
+    from ratoon.adapt.folder import base_hash
+    from ratoon.cli.measure import progress
+    from ratoon.cli.output import talk
+    from ratoon.evaluate.base_of_task import base_beside, sentence
+    from ratoon.generate.lm import load, locate
+    from ratoon.store.artifact import read_manifest
+
+    parent, here = read_manifest(Path(str(lm.facts["path"]))).parent("model"), base_hash(locate(name))
+    if parent is not None and parent.hash != here:
+        raise ArtifactError(
+            f"the run was trained from another base than '{name}' is now ({parent.hash[:12]}, found {here[:12]})",
+            where="--base",
+            expected="the base that the run began with, unchanged",
+        )
+    weight = lm.model.head_weight()
+    base = load(name, dtype=weight.dtype, device=weight.device)
+    talk(f"measuring the base, {name}")
+    found = base_beside(report, base, language=language, policy=too_long_of(lm), progress=progress("records"))
+    talk(sentence(report.measured, found))
+    if found["cut_tokens"]:
+        talk(f"the base did not read {found['cut_tokens']:,} tokens of records that were too long")
+    return found
+
+
     """Another model on the same records: both figures, and the paired bootstrap."""
     from ratoon.cli.measure import task_of_model
     from ratoon.evaluate.metrics.value import compare
