@@ -112,7 +112,7 @@ def test_what_stands_in_records_and_facts_is_text(browser: Browser, folders: dic
     choose(browser, "f-search", "</script><script>")
     found = browser.run("[...document.querySelectorAll('#list .text')].map(t => t.textContent)")
     assert f"{HOSTILE} number 0" in found and "test.csv:2" in listed(browser)
-    for part in ("floors", "compare", "methods", "robust", "accounts", "classes", "confusion"):
+    for part in ("base", "floors", "compare", "robust", "accounts", "classes", "confusion"):
         seen = browser.run(f"document.getElementById('{part}').textContent")
         assert "</script><script>alert" in seen, part
     assert browser.complaints() == []
@@ -439,11 +439,15 @@ def test_no_number_of_a_table_is_cut(folders: dict[str, Path], width: int) -> No
             assert re.search(rf"{re.escape(one['label'])} +{one['precision']:.4f} +{one['recall']:.4f} ", text)
     found = facts(folders["classification"])
     text = show_task(found, width=width)
-    for name, one in [("Accuracy", found["values"][0]), ("full $x$", found["methods"][0])]:
-        low, high = (task_phrases.shown(end) for end in one["interval"])
-        value = task_phrases.shown(one["value"])
-        assert re.search(rf"^ {re.escape(name)} +{value} +\[{low}, {high}\] ", text, re.M), name
-    assert "134,000,000" in text and re.search(r"^ \[red\]majority ", text, re.M)
+    low, high = (task_phrases.shown(end) for end in found["values"][0]["interval"])
+    value = task_phrases.shown(found["values"][0]["value"])
+    assert re.search(rf"^ Accuracy +{value} +\[{low}, {high}\] ", text, re.M)
+    difference, ends = found["base"]["paired"]["difference"], found["base"]["paired"]["interval"]
+    low, high = (re.escape(task_phrases.signed(end, found["values"][0]["value"])) for end in ends)
+    apart = re.escape(task_phrases.signed(difference, found["values"][0]["value"]))
+    base = task_phrases.shown(found["base"]["values"][0]["value"])
+    assert re.search(rf" {base} .* {apart} +\[{low}, {high}\] +[\d.]+ ", text), "the base, with how far it is"
+    assert re.search(r"^ \[red\]majority ", text, re.M)
 
 
 def test_the_tables_are_plain_text_unless_colour_is_wanted(folders: dict[str, Path]) -> None:

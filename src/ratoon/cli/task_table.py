@@ -79,7 +79,7 @@ def printed(parts: Sequence[str | Text | Table], *, width: int | None = None, co
 
 
 def _parts(found: Evaluation, language: Language) -> list[Table]:
-    parts = [_figures(found, language), _floors(found, language), _against(found, language)]
+    parts = [_figures(found, language), _base(found, language), _floors(found, language), _against(found, language)]
     parts += [*_counts(found, language), _confusions(found, language)]
     parts += [_robust(found, language), _ledger(found, language)]
     return [one for one in parts if one is not None]
@@ -166,6 +166,25 @@ def _floors(found: Evaluation, language: Language) -> Table | None:
     keys = ("col_95", "col_ahead", "col_seconds")
     head = [phrase("col_predictor", language), "", figure_name(main.name, language)]
     return table(phrase("h_floors", language), [*head, *(phrase(key, language) for key in keys)], rows, left=2)
+
+
+def _base(found: Evaluation, language: Language) -> Table | None:
+    main, base = found.main, found.base
+    if main is None or base is None:
+        return None
+    apart, ends, p, sure = "–", "–", "–", ""
+    if (paired := base.paired) is not None:
+        apart = "–" if paired.difference is None else signed(paired.difference, main.value)
+        ends = "–" if paired.interval is None else _signs(paired.interval, main.value)
+        p = "–" if paired.p_value is None else f"{paired.p_value:.3f}"
+        sure = "" if paired.certain is None else phrase("certain_yes" if paired.certain else "certain_no", language)
+    rows = [
+        [phrase("this_model", language), "", shown(main.value), _between(main), "", "", "", ""],
+        [base.name, base.what, shown(base.main.value), _between(base.main), apart, ends, p, sure],
+    ]
+    head = [phrase("col_predictor", language), "", figure_name(main.name, language)]
+    head += [phrase(key, language) for key in ("col_95", "col_difference", "col_95", "col_p")]
+    return table(phrase("h_base", language), [*head, ""], rows, left=2)
 
 
 def _against(found: Evaluation, language: Language) -> Table | None:

@@ -163,9 +163,6 @@ def _pictures(evaluation: Evaluation, records: Browser | None) -> dict[str, str]
         if pairs:
             expected, answered = np.array(pairs, dtype=np.float64).T
             found["numbers"] = task_plots.numbers(expected, answered)
-    if evaluation.methods:
-        found |= {f"methods_{'wide' if wide else 'narrow'}": task_plots.methods(evaluation.methods, wide=wide)
-                  for wide in (True, False)}  # fmt: skip
     return found
 
 

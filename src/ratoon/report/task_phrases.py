@@ -33,6 +33,7 @@ PHRASES: dict[str, tuple[str, str]] = {
         "没有测量结果：这些记录没有标准答案。",
     ),
     "h_figures": ("Result", "结果"),
+    "h_base": ("Its base", "基础模型"),
     "h_floors": ("Floors", "基线"),
     "h_compare": ("Against other models", "与其他模型比较"),
     "h_classes": ("By class", "各类别"),
@@ -41,7 +42,6 @@ PHRASES: dict[str, tuple[str, str]] = {
     "h_confidence": ("Calibration", "校准"),
     "h_numbers": ("Numbers against numbers", "预测与真实"),
     "h_robust": ("Robustness", "鲁棒性"),
-    "h_methods": ("Runs side by side", "各次运行对比"),
     "h_accounts": ("Ledger of the data", "数据账目"),
     "h_records": ("Records and errors", "记录与错误"),
     # -- result ------------------------------------------------------------------------------------------------
@@ -93,6 +93,12 @@ PHRASES: dict[str, tuple[str, str]] = {
     "difference_interval": (
         " (difference {low} to {high}, 95 % interval)",
         "（差值的 95 % 区间 {low} 至 {high}）",
+    ),
+    # -- base --------------------------------------------------------------------------------------------------
+    "base_note": (
+        "What the model was before its fine-tuning, on the same records; paired bootstrap, the difference is this "
+        "model less its base.",
+        "微调之前的模型在相同记录上的成绩；成对自助法，差值为本模型减去其基础模型。",
     ),
     # -- other models ------------------------------------------------------------------------------------------
     "against_note": (
@@ -192,21 +198,6 @@ PHRASES: dict[str, tuple[str, str]] = {
         "texts {success} fell, after {queries} queries on average.",
         "每条文本最多 {budget} 次查询。攻击前正确：{before}；攻击下正确：{after}。在 {attacked} 条被攻击的文本中，"
         "{success} 被攻破，平均 {queries} 次查询。",
-    ),
-    # -- methods -----------------------------------------------------------------------------------------------
-    "methods_note": (
-        "The score of each run with its 95 % interval (the band), the best above.",
-        "各次运行的得分与 95 % 区间（色带），最好的在上。",
-    ),
-    "col_run": ("Run", "运行"),
-    "col_score": ("Score", "得分"),
-    "col_trainable": ("Trained parameters", "训练的参数"),
-    "col_speed": ("Tokens/s", "词元/秒"),
-    "col_memory": ("Peak memory", "内存峰值"),
-    "col_disk": ("On disk", "磁盘占用"),
-    "picture_methods": (
-        "Scores of {n} runs: best {best}, last {last}.",
-        "{n} 次运行的得分：最好 {best}，最后 {last}。",
     ),
     # -- ledger ------------------------------------------------------------------------------------------------
     "accounts_note": (

@@ -1,4 +1,4 @@
-"""The pictures of a measured task: calibration, score by strength, numbers against numbers, runs side by side.
+"""The pictures of a measured task: calibration, score by strength, numbers against numbers.
 
 Decides what each picture shows and how large it is. How SVG becomes part of a page is `plots.py`'s.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ratoon.report.plots import INKS, Floats, number_label, picture
-from ratoon.report.task_records import CurvePoint, MethodRun
+from ratoon.report.task_records import CurvePoint
 
 SQUARE = (440, 320)
 SMALL = (300, 170)
@@ -91,52 +91,6 @@ def strength(points: Sequence[CurvePoint], between: tuple[float, float], key: st
         axes.set_ylim(*between)
 
     return picture(*SMALL, paint, key=key, room=(42, 14, 24, 10))
-
-
-def methods(runs: Sequence[MethodRun], *, wide: bool) -> str:
-    """Score with its interval of each run, the best above; beside it, in the wide form, the trained parameters on a
-    logarithmic axis."""
-    drawn = [one for one in runs if one.score.value is not None]
-    left, line = (150, 27) if wide else (112, 27)
-    width = 1000 if wide else 345
-    height = 40 + line * len(drawn)
-    counted = wide and all(one.trainable_parameters for one in drawn)
-    names = [one.name if len(one.name) < 22 else one.name[:20] + "…" for one in drawn]
-    rows = list(range(len(drawn)))[::-1]
-
-    def paint(axes: Any) -> None:
-        _plain(axes, wide=width // 2 if counted else width)
-        if counted:
-            x, y, wide_axes, high = axes.get_position().bounds
-            axes.set_position((x, y, wide_axes * 0.62, high))
-            beside = axes.figure.add_axes((x + wide_axes * 0.69, y, wide_axes * 0.31, high))
-            _plain(beside, wide=width // 3)
-            beside.set_xscale("log")
-            _parameters(beside, drawn, rows)
-        for row, one in zip(rows, drawn, strict=True):
-            if one.score.interval is not None:
-                axes.plot(one.score.interval, [row, row], color=TRAIN, linewidth=5, alpha=0.28, solid_capstyle="round")
-            axes.plot([one.score.value], [row], "o", color=TRAIN, markersize=8, markeredgecolor=PAPER, clip_on=False)
-        axes.set_yticks(rows, names, parse_math=False)
-        axes.tick_params(axis="y", labelcolor=INKS["ink-soft"])
-        axes.grid(axis="y", visible=False)
-        axes.grid(axis="x", color=FAINT, linewidth=0.8)
-        axes.set_ylim(-0.6, len(drawn) - 0.4)
-
-    return picture(width, height, paint, key=f"methods-{'wide' if wide else 'narrow'}", room=(left, 18, 26, 6))
-
-
-def _parameters(axes: Any, drawn: Sequence[MethodRun], rows: Sequence[int]) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    counts = [float(one.trainable_parameters or 1) for one in drawn]
-    axes.hlines(rows, min(counts) / 2, counts, color=FAINT, linewidth=2)
-    axes.plot(counts, rows, "o", color=HELD, markersize=8, markeredgecolor=PAPER, clip_on=False)
-    axes.xaxis.set_major_formatter(FuncFormatter(number_label))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks([])
-    axes.set_xlim(min(counts) / 2, max(counts) * 2)
-    axes.set_ylim(-0.6, len(drawn) - 0.4)
 
 
 def _plain(axes: Any, wide: int = SQUARE[0]) -> None:

@@ -10,11 +10,11 @@ where it is there:
 |---|---|
 | `without_copies`, `copies_of_training` | the values without rows that stand in training, too; how many these are |
 | `floors` | [{name, what, values, seconds, paired}]; `paired`: `Paired.as_dict` of the main figure, ours less it |
+| `base` | {name, what, values, seconds, cut_tokens, paired}: the base without its training, as floors are |
 | `robust` | `RobustReport.as_dict`, or {curves: {perturbation: [{strength, value, interval, n, flipped}]}} |
 | `attack` | `AttackReport.as_dict` |
 | `against` | [{model, name, value, other, difference, interval, p_value, n, signature}]: other models, same records |
 | `ledger` | {parts: {train: `TaskLedger.as_dict`, …}}: what ledger.json of a run holds; or the ledger of one part |
-| `methods` | [{name, value, interval, n, trainable_parameters, tokens_per_second, peak_memory_bytes, disk_bytes}] |
 
 and of the measurement itself `model`, `seconds`, `dtype`. Lines of predictions.jsonl are those of `Prediction.as_dict`;
 they may hold `scores` (name -> what the record came to) and `words` (of a tagged sentence).
@@ -118,7 +118,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Floor:
-    """A cheap classic beside the model: its main figure, and what it took."""
+    """A cheap classic, or the model's own base, beside the model: its main figure, and what it took."""
 
     name: str
     what: str
@@ -171,18 +171,6 @@ class Account:
     def adds_up(self) -> bool:
         """Whether the fates are all that was read, in rows and in tokens."""
         return all(sum(table.get(fate, 0) for fate in FATES) == table.get("read") for table in (self.rows, self.tokens))
-
-
-@dataclass(frozen=True)
-class MethodRun:
-    """One run of several that are laid side by side."""
-
-    name: str
-    score: Figure
-    trainable_parameters: int | None
-    tokens_per_second: float | None
-    peak_memory_bytes: int | None
-    disk_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -295,17 +283,26 @@ class Evaluation:
     @property
     def floors(self) -> list[Floor]:
         """The floors that were measured by the main figure, the best first."""
+        found = [self._beside(one) for one in self.facts.get("floors") or []]
+        return sorted((one for one in found if one is not None), key=lambda one: one.main.rank)
+
+    @property
+    def base(self) -> Floor | None:
+        """The model's base without its training, if it was measured by the main figure."""
+        found = self.facts.get("base")
+        return self._beside(found) if isinstance(found, dict) else None
+
+    def _beside(self, found: dict[str, Any]) -> Floor | None:
+        """What was measured beside the model, from plain values; None without the main figure."""
         main = self.main
-        found = []
-        for one in self.facts.get("floors") or []:
-            values = [Figure.of(value) for value in one.get("values") or []]
-            same = next((value for value in values if main is not None and value.name == main.name), None)
-            if same is not None:
-                paired = one.get("paired")
-                difference = None if paired is None else Difference.of(paired)
-                seconds = number(one.get("seconds"))
-                found.append(Floor(str(one["name"]), str(one.get("what") or ""), same, values, seconds, difference))
-        return sorted(found, key=lambda one: one.main.rank)
+        values = [Figure.of(value) for value in found.get("values") or []]
+        same = next((value for value in values if main is not None and value.name == main.name), None)
+        if same is None:
+            return None
+        paired = found.get("paired")
+        difference = None if paired is None else Difference.of(paired)
+        what, seconds = str(found.get("what") or ""), number(found.get("seconds"))
+        return Floor(str(found["name"]), what, same, values, seconds, difference)
 
     @property
     def curves(self) -> list[RobustCurve]:
@@ -335,24 +332,6 @@ class Evaluation:
             for name, one in parts.items()
             if one["rows"].get("read")
         ]
-
-    @property
-    def methods(self) -> list[MethodRun]:
-        """Runs side by side, the best first."""
-        main = self.main
-        higher = main is None or main.higher_is_better
-        found = [
-            MethodRun(
-                str(one["name"]),
-                Figure.of({"higher_is_better": higher, **one}),
-                one.get("trainable_parameters"),
-                number(one.get("tokens_per_second")),
-                one.get("peak_memory_bytes"),
-                one.get("disk_bytes"),
-            )
-            for one in self.facts.get("methods") or []
-        ]
-        return sorted(found, key=lambda one: one.score.rank)
 
 
 def number(value: Any) -> float | None:
