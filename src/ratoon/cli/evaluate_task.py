@@ -42,6 +42,7 @@ def evaluate_task_model(lm: LanguageModel, files: Sequence[str], asked: Asked, *
     """Measure a task model on its run's test rows, or on files of the same form, and say or print everything."""
     from ratoon.cli.measure import write_report
     from ratoon.cli.output import answer, answer_json, talk
+    from ratoon.store.runs import Run
 
     if asked.unlabelled:
         _answer_rows(lm, files, asked, as_json=as_json)
@@ -49,7 +50,7 @@ def evaluate_task_model(lm: LanguageModel, files: Sequence[str], asked: Asked, *
     recipe = _recipe_of(lm)
     report = measured_model(lm, files, asked)
     folder = asked.out or _run_folder(lm) / "evaluation"
-    write_report(folder, report, "zh" if recipe.language == "zh" else "en")
+    write_report(folder, report, "zh" if recipe.language == "zh" else "en", Run(_run_folder(lm)))
     found = report.as_dict()
     if as_json:
         answer_json(found)
@@ -99,11 +100,11 @@ def measured_model(lm: LanguageModel, files: Sequence[str], asked: Asked) -> Tas
     from ratoon.evaluate.task import evaluate_task
 
     task, recipe = task_of_model(lm), _recipe_of(lm)
-    parts = _parts(task, recipe, files, asked)
     if asked.base:
         from ratoon.evaluate.base_of_task import expect_base
 
         expect_base(lm, task)  # before anything is measured
+    parts = _parts(task, recipe, files, asked)
     _say_notes(parts)
     language = str(lm.facts.get("data", {}).get("language", recipe.language))
     report = evaluate_task(
@@ -121,9 +122,9 @@ def measured_model(lm: LanguageModel, files: Sequence[str], asked: Asked) -> Tas
 
         report.facts["floors"] = beside(report, parts.train, language=language, seed=recipe.seed)
         talk(sentence(report.measured, report.facts["floors"]))
-    if asked.robust:
     if asked.base:
         report.facts["base"] = _base(lm, report, str(recipe.model.base), language)
+    if asked.robust:
         report.facts["robust"] = _robust(lm, report, asked, language, recipe.seed)
     if asked.attack_queries is not None:
         from ratoon.evaluate.task_robust import attacked
@@ -228,7 +229,6 @@ def _robust(lm: LanguageModel, report: TaskReport, asked: Asked, language: str, 
     return found
 
 
-def _against(lm: LanguageModel, report: TaskReport, other: str, language: str) -> dict[str, Any]:
 def _base(lm: LanguageModel, report: TaskReport, name: str, language: str) -> dict[str, Any]:
     """The run's base without its training on the same records. Raises `ArtifactError` where it is another one now."""
     from ratoon.adapt.folder import base_hash
@@ -255,6 +255,7 @@ def _base(lm: LanguageModel, report: TaskReport, name: str, language: str) -> di
     return found
 
 
+def _against(lm: LanguageModel, report: TaskReport, other: str, language: str) -> dict[str, Any]:
     """Another model on the same records: both figures, and the paired bootstrap."""
     from ratoon.cli.measure import task_of_model
     from ratoon.evaluate.metrics.value import compare

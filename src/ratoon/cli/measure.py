@@ -41,14 +41,16 @@ def measure_run(run: Run, task: Task[Any], parts: Parts, *, language: str, talk:
     ledger = run.folder / "ledger.json"
     if ledger.is_file():
         report.facts["ledger"] = json.loads(ledger.read_text(encoding="utf-8"))
-    write_report(run.folder / "evaluation", report, "zh" if language == "zh" else "en")
+    write_report(run.folder / "evaluation", report, "zh" if language == "zh" else "en", run)
     for sentence in lines(report):
         talk(sentence)
     return summary(report)
 
 
-def write_report(folder: Path, report: TaskReport, language: Literal["en", "zh"] = "en") -> None:
-    """evaluation.json, predictions.jsonl and the page, each whole or not at all."""
+def write_report(
+    folder: Path, report: TaskReport, language: Literal["en", "zh"] = "en", run: Run | None = None
+) -> None:
+    """evaluation.json, predictions.jsonl and the page, each whole or not at all. `run`: the one that made the model."""
     from ratoon.store.atomic import write_json, write_text
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,7 @@ def write_report(folder: Path, report: TaskReport, language: Literal["en", "zh"]
     write_json(folder / "evaluation.json", report.as_dict())
     from ratoon.report.task_page import write_task_page
 
-    write_task_page(folder, language=language)
+    write_task_page(folder, language=language, run=run)
 
 
 def write_answers(folder: Path, task: Task[Any], predictions: Sequence[Prediction]) -> Path:

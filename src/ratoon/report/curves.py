@@ -16,7 +16,7 @@ from ratoon.report import plots
 from ratoon.report.phrases import figure, whole
 from ratoon.report.records import CURVES, Pair, Records
 
-SHAPES = {"loss": ((1040, 360), (345, 270)), "measure": ((1040, 230), (345, 200))}
+SHAPES = {"loss": ((1040, 360), (345, 270)), "measure": ((1040, 275), (345, 220))}
 SMALL_SHAPES = ((510, 230), (345, 190))
 """Width and height of a picture in a wide window and in a narrow one: about the pixels it will have, so that the
 numbers at its axes are as large as they are drawn."""
@@ -50,13 +50,15 @@ class Curve:
 @dataclass(frozen=True)
 class Beside:
     """What a picture has beside its curve: a ringed point (step, value) with its number, a dashed level, the steps of
-    borders, and what the legend says of them; `title` and `unit` where they are not the phrases of the curve's name."""
+    borders, and what the legend says of them; `held` (what measured points are called), `title` and `unit` where they
+    are not the phrases of every page."""
 
     mark: Pair | None = None
     mark_text: str = ""
     level: float | None = None
     borders: tuple[float, ...] = ()
     legend: tuple[tuple[str, Markup], ...] = ()
+    held: Markup | None = None
     title: str | None = None
     unit: str | None = None
 
@@ -74,7 +76,7 @@ def shown(curve: Curve, records: Records, say: Say, beside: Beside | None = None
     """What the template needs of a curve: the pictures (wide and narrow), the legend, a label for screen readers."""
     beside = beside or Beside()
     window = plots.smoothing_window(len(curve.y)) if curve.name in SMOOTHED else 1
-    layers, legend = _layers(curve, window, say)
+    layers, legend = _layers(curve, window, beside.held or say("legend_held_out"), say)
     legend += beside.legend
     above_0 = not len(curve.held_y) or curve.held_y.min() > 0
     log = curve.name in ("loss", "gradient_norm") and plots.wants_log(curve.y) and above_0
@@ -129,7 +131,7 @@ def beside_loss(records: Records, say: Say) -> Mapping[str, Beside]:
     }
 
 
-def _layers(curve: Curve, window: int, say: Say) -> tuple[list[plots.Curve], list[tuple[str, Markup]]]:
+def _layers(curve: Curve, window: int, held: Markup, say: Say) -> tuple[list[plots.Curve], list[tuple[str, Markup]]]:
     """What is drawn, from behind to the front, and what the legend says of it."""
     layers, legend = [], []
     if len(curve.x):
@@ -141,7 +143,7 @@ def _layers(curve: Curve, window: int, say: Say) -> tuple[list[plots.Curve], lis
         layers.append(plots.Curve(curve.x, plots.smooth(curve.y, window)))
     if len(curve.held_x):
         layers.append(plots.Curve(curve.held_x, curve.held_y, "held-out", "points"))
-        legend.append(("points", say("legend_held_out")))
+        legend.append(("points", held))
     return layers, legend
 
 

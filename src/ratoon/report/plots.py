@@ -155,7 +155,7 @@ def picture(
 
 
 def _axes(axes: Any, frame: Frame) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
     axes.set_facecolor("none")
     for side in ("top", "right", "left"):
@@ -168,7 +168,6 @@ def _axes(axes: Any, frame: Frame) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if frame.log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(numticks=6, subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
@@ -195,6 +194,8 @@ def _curve(axes: Any, curve: Curve) -> None:
 
 
 def _limits(axes: Any, curves: Sequence[Curve], frame: Frame) -> None:
+    from matplotlib.ticker import LogLocator
+
     xs = np.concatenate([curve.x for curve in curves])
     ys = np.concatenate([curve.y for curve in curves])
     low, high = float(ys.min()), float(ys.max())
@@ -203,6 +204,8 @@ def _limits(axes: Any, curves: Sequence[Curve], frame: Frame) -> None:
         low, high = min(low, frame.level), max(high, frame.level)
     if frame.log:
         axes.set_ylim(low / 1.15, high * 1.15)
+        close = 3 * math.log10(high / low) > frame.height / 30  # three numbers a decade would stand on each other
+        axes.yaxis.set_major_locator(LogLocator(numticks=6, subs=(1.0,) if close else (1.0, 2.0, 5.0)))
     else:
         room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
         axes.set_ylim(0 if frame.from_zero and low >= 0 else low - room, high + room)
@@ -219,10 +222,11 @@ def _mark(axes: Any, frame: Frame) -> None:
     )  # fmt: skip
     left, right = axes.get_xlim()
     late = (x - left) / (right - left) > 0.6
+    above = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1] < 0.8
     axes.annotate(
-        frame.mark_text, (x, y), xytext=(0 if late else 6, 14), textcoords="offset points",
-        ha="right" if late else "left", va="bottom", color=INKS["held-out"], fontsize=13, fontweight="bold", zorder=7,
-        annotation_clip=False,
+        frame.mark_text, (x, y), xytext=(0 if late else 6, 14 if above else -14), textcoords="offset points",
+        ha="right" if late else "left", va="bottom" if above else "top", color=INKS["held-out"], fontsize=13,
+        fontweight="bold", zorder=7, annotation_clip=False,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """The page of a measured task: how good the model is, how sure that is, what it beats, and where it errs.
 
 Decides what is shown and in which order. What is on record is `task_records.py`'s, the records of the browser of errors
-`task_rows.py`'s, wording `task_phrases.py`'s, pictures `task_plots.py`'s, looks and the script those in `templates/`.
+`task_rows.py`'s, how a run learned `task_learned.py`'s, wording `task_phrases.py`'s, pictures `task_plots.py`'s, looks
+and the script those in `templates/`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from markupsafe import Markup
 
 from ratoon.report import task_plots
 from ratoon.report.phrases import Language, duration, size, whole
+from ratoon.report.records import Records
+from ratoon.report.task_learned import learned
 from ratoon.report.task_phrases import (
     PHRASES,
     count,
@@ -32,6 +35,7 @@ from ratoon.report.task_phrases import (
 from ratoon.report.task_records import FATES, Evaluation, Figure, confused_pairs
 from ratoon.report.task_rows import SORTED_BY, Browser, browser
 from ratoon.store.atomic import write_bytes
+from ratoon.store.runs import Run
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "report.html"
@@ -48,21 +52,23 @@ BESIDE = {
 """Figures that stand beside the main one; of other measures those that follow it."""
 
 
-def write_task_page(folder: Path, *, language: Language = "en") -> Path:
+def write_task_page(folder: Path, *, language: Language = "en", run: Run | None = None) -> Path:
     """Write `report.html` into a folder with evaluation.json and predictions.jsonl, from what they hold, and return its
-    path.
+    path. `run`: the one that the model comes from; the page shows how it learned, where its folder tells that.
 
-    The page is one file without outside references. Raises `ArtifactError` when there is no evaluation in the folder;
-    `StorageError` when the disk refuses.
+    The page is one file without outside references. Raises `ArtifactError` when there is no evaluation in the folder,
+    or the run's manifest cannot be read; `StorageError` when the disk refuses.
     """
-    page = render_task(Evaluation.read(Path(folder)), language)
+    there = run is not None and run.state_path.is_file() and run.metrics_path.is_file()
+    records = Records.read(run) if run is not None and there else None
+    page = render_task(Evaluation.read(Path(folder)), language, records)
     path = Path(folder) / PAGE
     write_bytes(path, page.encode("utf-8", "replace"))  # half a surrogate pair in a record becomes "?"
     return path
 
 
-def render_task(evaluation: Evaluation, language: Language) -> str:
-    """The page as text."""
+def render_task(evaluation: Evaluation, language: Language, run: Records | None = None) -> str:
+    """The page as text; with what is on record of the run, how it learned stands there, too."""
     import jinja2
 
     script = (TEMPLATES / "task.js").read_text(encoding="utf-8").strip()
@@ -100,6 +106,7 @@ def render_task(evaluation: Evaluation, language: Language) -> str:
         classes=_classes(evaluation),
         confusion=_confusion(evaluation),
         pictures=_pictures(evaluation, records),
+        learned=None if run is None else learned(run, say, language),
         between_all=task_plots.limits([point for curve in evaluation.curves for point in curve.points]),
         strength=task_plots.strength,
         browser=records,

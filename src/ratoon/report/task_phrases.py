@@ -42,6 +42,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     "h_confidence": ("Calibration", "校准"),
     "h_numbers": ("Numbers against numbers", "预测与真实"),
     "h_robust": ("Robustness", "鲁棒性"),
+    "h_learned": ("How it learned", "学习过程"),
     "h_accounts": ("Ledger of the data", "数据账目"),
     "h_records": ("Records and errors", "记录与错误"),
     # -- result ------------------------------------------------------------------------------------------------
@@ -199,6 +200,56 @@ PHRASES: dict[str, tuple[str, str]] = {
         "每条文本最多 {budget} 次查询。攻击前正确：{before}；攻击下正确：{after}。在 {attacked} 条被攻击的文本中，"
         "{success} 被攻破，平均 {queries} 次查询。",
     ),
+    # -- training ----------------------------------------------------------------------------------------------
+    "legend_validation": ("validation", "验证"),
+    "legend_kept": ("kept: step {step}, {value}", "保留：第 {step} 步，{value}"),
+    "legend_epoch": ("end of an epoch, {n} steps", "一轮结束（{n} 步）"),
+    "legend_epochs": ("end of every {every} epochs, {n} steps", "每 {every} 轮结束（{n} 步）"),
+    "learned_mean": ("mean over what is learned", "对所学内容取平均"),
+    "learned_rows": ("on the validation rows", "在验证数据上"),
+    "learned_at": ("step {step} ({epochs} epochs)", "第 {step} 步（{epochs} 轮）"),
+    "learned_loss": ("validation loss", "验证损失"),
+    "learned_overfit": (
+        "Overfitting: the validation loss was lowest, {low}, at {at}; at the end, {end}, it was {percent} higher.",
+        "过拟合：验证损失在{at}最低，为 {low}；结束时为 {end}，高出 {percent}。",
+    ),
+    "learned_worse": (
+        "The validation loss was lowest, {low}, before training; at the end, {end}, it was {percent} higher.",
+        "验证损失在训练之前最低，为 {low}；结束时为 {end}，高出 {percent}。",
+    ),
+    "learned_falling": (
+        "The validation loss was still falling at the end: {before} at {there}, {end} at {at}. Longer training may "
+        "help.",
+        "验证损失在结束时仍在下降：{there}为 {before}，{at}为 {end}。延长训练可能会有帮助。",
+    ),
+    "learned_level": (
+        "The validation loss came to rest: lowest, {low}, at {at}; {end} at the end.",
+        "验证损失趋于平稳：在{at}最低，为 {low}；结束时为 {end}。",
+    ),
+    "learned_kept": (
+        "The weights that were kept are those of {at}, the best on the validation rows by {name}; the last step was "
+        "{last}.",
+        "保留的是{at}的权重，按验证数据上的{name}为最好；最后一步是第 {last} 步。",
+    ),
+    "learned_kept_last": (
+        "The weights that were kept are those of the last step, {at}, the best on the validation rows by {name}.",
+        "保留的是最后一步的权重，即{at}，按验证数据上的{name}为最好。",
+    ),
+    "learned_kept_other": (
+        "The weights that were kept are those of {at}.",
+        "保留的是{at}的权重。",
+    ),
+    "learned_unwatched": (
+        "No rows were set aside for validation: the weights that were kept are those of the last step.",
+        "没有留出验证数据：保留的是最后一步的权重。",
+    ),
+    "learned_filled": (
+        "Examples fill {share} of the places in the rows; the rest is padding, which tokens per second leave out.",
+        "样本占各行位置的 {share}；其余为填充，不计入每秒词元数。",
+    ),
+    "learned_table": ("Measurements on the validation rows as a table", "验证数据上的测量表"),
+    "col_epochs": ("Epochs", "轮次"),
+    "col_learned": ("Learned places", "所学位置"),
     # -- ledger ------------------------------------------------------------------------------------------------
     "accounts_note": (
         "Each row and each token that was read is booked once: trained + cut + split + dropped + duplicate + masked = "
