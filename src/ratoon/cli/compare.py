@@ -177,7 +177,7 @@ def show_comparison(found: Comparison, *, language: Language = "en", width: int 
         )
     keys: tuple[str, ...] = (
         "col_run", "col_method", "col_score", "col_95", "col_to_best", "col_trained_short", "col_speed", "col_memory",
-        "col_disk", "col_time", "col_epochs", "col_steps", "col_seed", "col_settings",
+        "col_disk", "col_took", "col_passes", "col_steps", "col_seed", "col_settings",
     )  # fmt: skip
     if not any(row[-1] for row in rows):
         keys, rows = keys[:-1], [row[:-1] for row in rows]

@@ -15,7 +15,7 @@ from typing import Any
 from ratoon.report.compare_records import Lane
 from ratoon.report.plots import INKS, number_label, picture
 
-WIDE, NARROW = (1000, 400), (345, 400)
+WIDE, NARROW = (1000, 400), (345, 460)
 ROOM = (48, 24, 30, 18)
 """Left, right, below and above the axes, in units of the view box."""
 LETTERS, NARROW_LETTERS = 26, 15
