@@ -14,11 +14,12 @@ from torch.nn import functional as F
 import little
 from ratoon.base.seeds import stream
 from ratoon.model.attention import PLAIN_LIMIT_TOKENS, QUERY_BLOCK_TOKENS, attend, visible
+from ratoon.model.balance import balance_loss
 from ratoon.model.cache import Cache
 from ratoon.model.config import ModelConfig, MoE
 from ratoon.model.encoder_decoder import EncoderDecoder
 from ratoon.model.init import init_weights
-from ratoon.model.transformer import Experts, Transformer, balance_loss
+from ratoon.model.transformer import Experts, Transformer
 from theirs import randomize
 
 VOCAB = little.VOCAB

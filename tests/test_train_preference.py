@@ -22,7 +22,8 @@ from ratoon.adapt.methods import method_of
 from ratoon.base.errors import ArtifactError, ConfigError, DataError, NumericError
 from ratoon.data.examples import ExampleLoader, in_order
 from ratoon.data.pack import Example
-from ratoon.model.transformer import Transformer, balance_loss
+from ratoon.model.balance import balance_loss
+from ratoon.model.transformer import Transformer
 from ratoon.store.runs import Run
 from ratoon.train import preference as preference_module
 from ratoon.train.device import Place, find_place

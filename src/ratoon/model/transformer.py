@@ -1,7 +1,8 @@
 """The Transformer, in one file: decoder, encoder, and cross attention between them are settings of it.
 
 Decides what the settings of `config.py` compute. Attention's product is in `attention.py`, rotary tables in
-`rotary.py`, first values of the weights in `init.py`, foreign weight names in `families.py`.
+`rotary.py`, the MLP's activations in `activations.py`, the loss of a mixture's balance in `balance.py`, first values of
+the weights in `init.py`, foreign weight names in `families.py`.
 
 Letters at the end of a tensor's name are its axes:
   B batch · T tokens · S keys' length · D width · H query heads · K key/value heads · C channels of a head ·
@@ -11,7 +12,6 @@ Letters at the end of a tensor's name are its axes:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ratoon.model import fused
+from ratoon.model.activations import ACTIVATIONS, gelu_tanh
 from ratoon.model.attention import attend, visible
 from ratoon.model.cache import Cache
 from ratoon.model.config import ModelConfig
@@ -100,33 +101,12 @@ class Reading:
     """The C code norms and turns queries and keys itself."""
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    # The tanh form equals x·sigmoid(2z): one exponential where tanh costs three times as much on a CPU.
-    if x.device.type == "cpu" and x.requires_grad:
-        return x * torch.sigmoid((2 * math.sqrt(2 / math.pi)) * (x + 0.044715 * x * x * x))
-    return F.gelu(x, approximate="tanh")
-
-
-def _relu2(x: Tensor) -> Tensor:
-    positive = F.relu(x)
-    return positive * positive
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
-    "relu2": _relu2,
-    "swiglu": F.silu,
-    "geglu_tanh": _gelu_tanh,
-}
-
-
 class MLP(nn.Module):
     """down(act(up x)), or gated: down(act(gate x) · up x) (Shazeer, arXiv:2002.05202)."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        self.act = _ACTIVATIONS[cfg.mlp]
+        self.act = ACTIVATIONS[cfg.mlp]
         self.gate = Linear(cfg.width, cfg.mlp_width, bias=cfg.mlp_bias) if cfg.gated else None
         self.up = Linear(cfg.width, cfg.mlp_width, bias=cfg.mlp_bias)
         self.down = Linear(cfg.mlp_width, cfg.width, bias=cfg.mlp_bias)
@@ -139,7 +119,7 @@ class MLP(nn.Module):
     def _hidden(self, x_BTD: Tensor) -> Tensor:
         """act(up x)."""
         up = self.up
-        if self.act is _gelu_tanh and is_plain(up) and up.out_features % 16 == 0 and fused.runs_on(x_BTD):
+        if self.act is gelu_tanh and is_plain(up) and up.out_features % 16 == 0 and fused.runs_on(x_BTD):
             return fused.gelu_tanh(F.linear(x_BTD, up.weight), up.bias)
         hidden_BTF: Tensor = self.act(up(x_BTD))
         return hidden_BTF
@@ -155,7 +135,7 @@ class Experts(nn.Module):
         super().__init__()
         assert cfg.moe is not None
         self.moe = cfg.moe
-        self.act = _ACTIVATIONS[cfg.mlp]
+        self.act = ACTIVATIONS[cfg.mlp]
         E, F_, D = cfg.moe.experts, cfg.moe.expert_width, cfg.width
         self.router = Linear(D, E, bias=False)
         self.gate = nn.Parameter(torch.full((E, F_, D), float("nan"))) if cfg.gated else None
@@ -185,23 +165,6 @@ class Experts(nn.Module):
         mixed = torch.cat(pieces) * weight_Nk.flatten().index_select(0, order)[:, None]
         out_ND = torch.zeros_like(x_ND).index_add(0, token, mixed)
         return out_ND.view(B, T, D), router_NE.view(B, T, -1)
-
-
-def balance_loss(router_BTE: Tensor, experts_per_token: int, keep_BT: Tensor | None = None) -> Tensor:
-    """The load-balancing loss of each row (B,): E · Σ_e f_e p_e (Switch Transformer, arXiv:2101.03961, eq. 4-6).
-
-    f_e: share of the row's choices that fell on expert e; p_e: mean router probability. Taken row by row, so that it
-    adds up over micro-batches and processes. `keep_BT` leaves padding out.
-    """
-    B, T, E = router_BTE.shape
-    probability_BTE = router_BTE.float().softmax(-1)
-    chosen_BTk = probability_BTE.topk(experts_per_token, dim=-1).indices
-    chosen_BTE = torch.zeros_like(probability_BTE).scatter(-1, chosen_BTk, 1.0)
-    keep_BT1 = torch.ones(B, T, 1, device=router_BTE.device) if keep_BT is None else keep_BT[..., None].float()
-    tokens_B1 = keep_BT1.sum(1).clamp(min=1)
-    share_BE = (chosen_BTE * keep_BT1).sum(1) / tokens_B1
-    mean_BE = (probability_BTE * keep_BT1).sum(1) / tokens_B1
-    return E * (share_BE * mean_BE).sum(-1)
 
 
 class Attention(nn.Module):

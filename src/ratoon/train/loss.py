@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from ratoon.base.errors import ConfigError
 from ratoon.data.batch import Batch
 from ratoon.model import fused
+from ratoon.model.balance import balance_loss
 from ratoon.model.encoder_decoder import EncoderDecoder
 from ratoon.model.likelihood import CHUNK_NUMBERS
-from ratoon.model.transformer import Transformer, balance_loss
+from ratoon.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
