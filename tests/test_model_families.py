@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ratoon.base.errors import ArtifactError, ConfigError, RatoonError
 from ratoon.model.config import ModelConfig, MoE, RopeScaling
-from ratoon.model.families import FAMILIES, _meaning, check_expressible, config_from_folder, config_to_folder
+from ratoon.model.families import FAMILIES
+from ratoon.model.family_config import _meaning, check_expressible, config_from_folder, config_to_folder
 from ratoon.model.folder import read_config, read_model, write_model
 from ratoon.model.init import init_weights
 from ratoon.model.transformer import Transformer

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ratoon.adapt.contract import Method
 from ratoon.base.errors import ArtifactError, ConfigError
 from ratoon.base.settings import Settings
-from ratoon.model.families import Rule
+from ratoon.model.family import Rule
 from ratoon.model.heads import weights_of
 from ratoon.model.transformer import Linear, Site, Transformer, is_plain, linear
 

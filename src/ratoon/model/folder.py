@@ -23,7 +23,7 @@ from ratoon.base.errors import ArtifactError, ConfigError
 from ratoon.base.settings import build
 from ratoon.model.config import OWN_FAMILY, ModelConfig
 from ratoon.model.encoder_decoder import AnyModel, EncoderDecoder
-from ratoon.model.families import Rule
+from ratoon.model.family import Rule
 from ratoon.model.heads import from_folder, to_folder, weights_of
 from ratoon.model.transformer import Transformer
 from ratoon.store.artifact import MANIFEST, Manifest, Parent, read_manifest, seal

@@ -11,7 +11,9 @@ from typing import Any
 
 from ratoon.base.errors import ArtifactError
 from ratoon.model.config import HeadConfig, ModelConfig
-from ratoon.model.families import FAMILIES, Rule, config_from_folder, config_to_folder
+from ratoon.model.families import FAMILIES
+from ratoon.model.family import Rule
+from ratoon.model.family_config import config_from_folder, config_to_folder
 
 OWN_TYPE = "ratoon"
 """The model type of folders that Transformers must not read as one of its families."""
