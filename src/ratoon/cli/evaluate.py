@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ratoon.cli.sampling import load_model, model_options
+from ratoon.cli.sampling import load_model, model_options, with_options
 
 if TYPE_CHECKING:
     from ratoon.cli.evaluate_task import Asked
@@ -31,47 +31,75 @@ OF_TASKS = ("floor", "base", "robust", "perturb", "strengths", "attack", "agains
 OF_SUITES = ("data", "models")
 """Options that are read for text, for a task, for a suite."""
 
+_TEXT = (
+    click.option("--pairs", metavar="FILE.jsonl", help="Score continuations: lines of {context, continuation}."),
+    click.option(
+        "--context-tokens", type=int, help=f"Tokens read at once; the model's, at most {DEFAULT_CONTEXT_TOKENS:,}."
+    ),
+    click.option(
+        "--stride", type=int, help="Tokens that the window moves on; smaller gives each token more before it."
+    ),
+    click.option(
+        "--limit-tokens", type=click.IntRange(min=1), help="Measure on at most so many tokens, spread evenly."
+    ),
+    click.option(
+        "--rows", type=click.IntRange(min=1), default=64, show_default=True, help="Rows read at once, at most."
+    ),
+    click.option("--shorten", type=click.Choice(["left"]), help="Pairs: cut a context that does not fit, said aloud."),
+    click.option("--field", help="The field of rows that holds the text; recognised, and said, if not given."),
+    click.option(
+        "--split-documents",
+        metavar="HOW",
+        default="file",
+        show_default=True,
+        help="What a document is in plain text: file, lines, blank-lines, or a separator of your own.",
+    ),
+    click.option("--encoding", default="utf-8", show_default=True, help="Encoding of the files."),
+    click.option(
+        "--on-bad-row",
+        type=click.Choice(["refuse", "skip"]),
+        default="refuse",
+        help="skip: leave such rows out, counted.",
+    ),
+)
+_SUITE = (
+    click.option("--suite", type=click.Choice(["clue"]), help="Measure the runs of a suite's recipes in one table."),
+    click.option(
+        "--data", type=click.Path(path_type=Path), metavar="DIR", help="Suite: the folder of its official files."
+    ),
+    click.option(
+        "--models", multiple=True, metavar="PART=RUN", help="Suite: the run for a part, if not that of its recipe."
+    ),
+)
+_TASK = (
+    click.option("--floor", is_flag=True, help="Task: put the cheap classics beside the model, and say who wins."),
+    click.option("--base", is_flag=True, help="Task: the base without its training, on the same rows."),
+    click.option("--robust", is_flag=True, help="Task: what typos, homophones and the like cost, by strength."),
+    click.option("--perturb", metavar="NAME,…", help="Task: only these perturbations; read with --robust."),
+    click.option("--strengths", metavar="0.1,…", help="Task: shares of the places touched; read with --robust."),
+    click.option(
+        "--attack",
+        type=click.IntRange(min=1),
+        metavar="QUERIES",
+        help="Task: greedy word substitution, so many queries.",
+    ),
+    click.option("--against", metavar="MODEL", help="Task: another model on the same records, paired bootstrap."),
+    click.option(
+        "--unlabelled", is_flag=True, help="Task: FILE… without answers: predictions alone, nothing to measure."
+    ),
+    click.option("--limit-rows", type=click.IntRange(min=1), help="Task: so many test rows, drawn from the seed."),
+    click.option(
+        "--out", type=click.Path(path_type=Path), metavar="DIR", help="Task: where figures and page are written."
+    ),
+)
+
 
 @click.command()
 @click.argument("model", required=False)
 @click.argument("files", nargs=-1, metavar="[FILE]…")
-@click.option("--pairs", metavar="FILE.jsonl", help="Score continuations: lines of {context, continuation}.")
-@click.option(
-    "--context-tokens", type=int, help=f"Tokens read at once; the model's, at most {DEFAULT_CONTEXT_TOKENS:,}."
-)
-@click.option("--stride", type=int, help="Tokens that the window moves on; smaller gives each token more before it.")
-@click.option("--limit-tokens", type=click.IntRange(min=1), help="Measure on at most so many tokens, spread evenly.")
-@click.option("--rows", type=click.IntRange(min=1), default=64, show_default=True, help="Rows read at once, at most.")
-@click.option("--shorten", type=click.Choice(["left"]), help="Pairs: cut a context that does not fit, said aloud.")
-@click.option("--field", help="The field of rows that holds the text; recognised, and said, if not given.")
-@click.option(
-    "--split-documents",
-    metavar="HOW",
-    default="file",
-    show_default=True,
-    help="What a document is in plain text: file, lines, blank-lines, or a separator of your own.",
-)
-@click.option("--encoding", default="utf-8", show_default=True, help="Encoding of the files.")
-@click.option(
-    "--on-bad-row", type=click.Choice(["refuse", "skip"]), default="refuse", help="skip: leave such rows out, counted."
-)
-@click.option("--suite", type=click.Choice(["clue"]), help="Measure the runs of a suite's recipes in one table.")
-@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Suite: the folder of its official files.")
-@click.option(
-    "--models", multiple=True, metavar="PART=RUN", help="Suite: the run for a part, if not that of its recipe."
-)
-@click.option("--floor", is_flag=True, help="Task: put the cheap classics beside the model, and say who wins.")
-@click.option("--base", is_flag=True, help="Task: the base without its training, on the same rows.")
-@click.option("--robust", is_flag=True, help="Task: what typos, homophones and the like cost, by strength.")
-@click.option("--perturb", metavar="NAME,…", help="Task: only these perturbations; read with --robust.")
-@click.option("--strengths", metavar="0.1,…", help="Task: shares of the places touched; read with --robust.")
-@click.option(
-    "--attack", type=click.IntRange(min=1), metavar="QUERIES", help="Task: greedy word substitution, so many queries."
-)
-@click.option("--against", metavar="MODEL", help="Task: another model on the same records, paired bootstrap.")
-@click.option("--unlabelled", is_flag=True, help="Task: FILE… without answers: predictions alone, nothing to measure.")
-@click.option("--limit-rows", type=click.IntRange(min=1), help="Task: so many test rows, drawn from the seed.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Task: where figures and page are written.")
+@with_options(_TEXT)
+@with_options(_SUITE)
+@with_options(_TASK)
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON.")
 @click.pass_context
@@ -116,12 +144,7 @@ def command(
     from ratoon.base.errors import ConfigError
     from ratoon.data.sources import Reading
 
-    if pairs is not None and files:
-        raise ConfigError("both FILE and --pairs", where="command line", expected="one of the two")
-    if pairs is not None:
-        _refuse(context, ("stride", "limit_tokens", *OF_TASKS, *OF_SUITES), "with --pairs")
-    elif shorten is not None:
-        raise ConfigError("--shorten has no effect without --pairs", where="command line", fix="leave out --shorten")
+    _expect_fitting(context, pairs, files, shorten)
     if suite is not None:
         from ratoon.cli.clue import run_suite
 
@@ -151,6 +174,18 @@ def command(
         return
     window = _Window(context_tokens, stride, limit_tokens, rows)
     _on_text(lm, model, files, Reading(field, split_documents, encoding, on_bad_row), window, as_json)
+
+
+def _expect_fitting(context: click.Context, pairs: str | None, files: tuple[str, ...], shorten: str | None) -> None:
+    """Raise `ConfigError` for options of which one says that another has no effect."""
+    from ratoon.base.errors import ConfigError
+
+    if pairs is not None and files:
+        raise ConfigError("both FILE and --pairs", where="command line", expected="one of the two")
+    if pairs is not None:
+        _refuse(context, ("stride", "limit_tokens", *OF_TASKS, *OF_SUITES), "with --pairs")
+    elif shorten is not None:
+        raise ConfigError("--shorten has no effect without --pairs", where="command line", fix="leave out --shorten")
 
 
 @dataclass(frozen=True)

@@ -57,12 +57,12 @@ _SHORTEN = click.option(
 
 def model_options(command: F) -> F:
     """--dtype and --device."""
-    return _with(_MODEL, command)
+    return with_options(_MODEL)(command)
 
 
 def sampling_options(*, beams: bool) -> Callable[[F], F]:
     """The switches of `Sampling`, with those of beam search or without, and --shorten."""
-    return lambda command: _with((*_SAMPLING, *(_BEAMS if beams else ()), _SHORTEN), command)
+    return with_options((*_SAMPLING, *(_BEAMS if beams else ()), _SHORTEN))
 
 
 def sampling_of(given: dict[str, Any], defaults: dict[str, Any] | None = None) -> Sampling:
@@ -120,7 +120,12 @@ def _unescaped(text: str) -> str:
     return out
 
 
-def _with(options: tuple[Callable[[F], F], ...], command: F) -> F:
-    for option in reversed(options):
-        command = option(command)
-    return command
+def with_options(options: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
+    """Options as one decorator, in the order of the help."""
+
+    def put(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return put
