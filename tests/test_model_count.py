@@ -133,13 +133,16 @@ def test_bytes_of_a_run(precision: str, optimizer: str, tmp_path: Path) -> None:
     session = _Session(model, little.Rows(), settings, run, next_token, Hooks(), [], World())
     try:
         weights, state = session.weights, session.optimizer.state()
+        split = weights.rest is not None
         said = bytes_needed(
-            cfg, rows=8, context_tokens=16, weight_bytes=2 if precision == "bf16" else 4, by_muon=by_muon
-        )
+            cfg, rows=8, context_tokens=16, weight_bytes=2 if precision == "bf16" else 4, by_muon=by_muon,
+            split=split, summed=not split,
+        )  # fmt: skip
         assert said.weights == weights.work.nbytes
-        assert said.masters == (0 if weights.master is weights.work else weights.master.nbytes)
-        passing = 0 if weights.master is weights.work else weights.work.nbytes  # a micro-batch's own, until collected
-        assert said.gradients == weights.summed.nbytes + passing
+        separate = precision == "bf16"
+        assert said.masters == (0 if not separate else weights.rest.nbytes if split else weights.master.nbytes)
+        passing = weights.work.nbytes if separate else 0  # a micro-batch's own, until collected
+        assert said.gradients == passing + (0 if split else weights.summed.nbytes)
         assert said.optimizer == sum(value.nbytes for value in state.values()) - state["step_number"].nbytes
         assert said.total == said.weights + said.masters + said.gradients + said.optimizer + said.activations
     finally:

@@ -88,6 +88,12 @@ class Method(ABC):
         """Called after the weights have moved; what is changed in `moment.values` in place is what the model has
         from then on."""
 
+    @property
+    def looks_inside(self) -> bool:
+        """Whether it reads or changes weights or gradients between the steps, or adds to the loss."""
+        hooks = ("on_gradient", "on_step", "loss_term")
+        return any(getattr(type(self), hook) is not getattr(Method, hook) for hook in hooks)
+
     def state(self) -> dict[str, Tensor]:
         """What decides the next steps beside parameters, for checkpoints."""
         return {}

@@ -219,10 +219,12 @@ def _memory(cfg: ModelConfig, settings: TrainSettings, by_muon: int) -> dict[str
     from ratoon.model.attention import PLAIN_LIMIT_TOKENS
     from ratoon.model.count import bytes_needed, parameters
     from ratoon.train.device import find_place, fit_rows, free_bytes
+    from ratoon.train.weights import can_split
 
     place = find_place(settings)
     rows = fit_rows(cfg, settings, place, settings.rows, parameters(cfg))
     half = (torch.bfloat16, torch.float16)
+    split = not by_muon and can_split(place.work, place.device)
     need = bytes_needed(
         cfg,
         rows=rows,
@@ -232,6 +234,8 @@ def _memory(cfg: ModelConfig, settings: TrainSettings, by_muon: int) -> dict[str
         by_muon=by_muon,
         recompute=settings.recompute_blocks,
         keeps_scores=place.device.type == "cpu" and settings.context_tokens <= PLAIN_LIMIT_TOKENS,
+        split=split,
+        summed=not split or rows < settings.rows,
     )
     return {
         "micro_batch_rows": rows,

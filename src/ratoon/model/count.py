@@ -80,21 +80,24 @@ def bytes_needed(
     by_muon: int = 0,
     recompute: bool = False,
     keeps_scores: bool = True,
+    split: bool = False,
+    summed: bool = True,
 ) -> Memory:
     """Memory of training with micro-batches of `rows` x `context_tokens`.
 
     `weight_bytes`: of a number the model computes with (2: bfloat16 with float32 masters); `activation_bytes`: of a
     number that flows; `trained`: parameters that are trained (absent: all), `by_muon` of them by Muon and the rest by
     AdamW; `recompute`: gradient checkpointing; `keeps_scores`: attention keeps its probabilities (plain products do,
-    flash kernels do not).
+    flash kernels do not); `split`: of the masters only what the computing weights lack is kept; `summed`: gradients of
+    micro-batches are summed in float32.
     """
     everything = parameters(cfg)
     trained = everything if trained is None else trained
     separate = weight_bytes != MASTER_BYTES
     return Memory(
         weights=everything * weight_bytes,
-        masters=trained * MASTER_BYTES if separate else 0,
-        gradients=trained * (weight_bytes + MASTER_BYTES if separate else MASTER_BYTES),
+        masters=trained * (MASTER_BYTES - weight_bytes if split else MASTER_BYTES) if separate else 0,
+        gradients=trained * (weight_bytes + MASTER_BYTES * summed if separate else MASTER_BYTES),
         optimizer=(trained - by_muon) * ADAMW_BYTES + by_muon * MUON_BYTES,
         activations=kept_activations(
             cfg, rows * context_tokens, context_tokens, activation_bytes, recompute, keeps_scores

@@ -30,12 +30,12 @@ from ratoon.train import checkpoint
 from ratoon.train.compiled import compile_model
 from ratoon.train.device import Place, World, find_place, fit_rows, memory_bytes
 from ratoon.train.loss import Inputs, next_token
-from ratoon.train.optim import Optimizer, group_parameters
+from ratoon.train.optim import MATRIX, Optimizer, group_parameters
 from ratoon.train.schedule import share
 from ratoon.train.settings import TrainSettings
 from ratoon.train.stop import Wishes
 from ratoon.train.trunk import Trunk
-from ratoon.train.weights import FlatWeights
+from ratoon.train.weights import FlatWeights, can_split
 
 Objective = Callable[[Any, Inputs], tuple[Tensor, Tensor]]
 Record = dict[str, Any]
@@ -111,8 +111,8 @@ def train(
     """
     world = World()
     try:
-        session = _Session(model, loader, settings, run, objective, hooks or Hooks(), parents or [], world)
-        session.method, session.trunk = method, trunk
+        session = _Session(model, loader, settings, run, objective, hooks or Hooks(), parents or [], world, method)
+        session.trunk = trunk
         if trunk is not None:
             (hooks or Hooks()).talk(trunk.open(model.cfg.width, session.place.work))
         try:
@@ -154,10 +154,11 @@ class _Session:
         hooks: Hooks,
         parents: list[Parent],
         world: World,
+        method: Method | None = None,
     ) -> None:
         self.model: Any = model  # of either kind; methods and callbacks know theirs
         self.loader, self.settings, self.run = loader, settings, run
-        self.method: Method | None = None
+        self.method = method
         self.trunk: Trunk | None = None
         self.penalty = 0.0
         self.objective, self.hooks, self.parents, self.world = objective, hooks, parents, world
@@ -178,14 +179,22 @@ class _Session:
         self.frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
         model.to(self.place.device)
         groups = group_parameters(model, settings)
-        self.weights = FlatWeights(groups, self.place.work)
+        # Weights and gradients that AdamW alone touches need neither whole masters nor, where a step is one
+        # micro-batch, a float32 sum.
+        lean = (
+            not groups[MATRIX]
+            and not (method and method.looks_inside)
+            and can_split(self.place.work, self.place.device)
+        )
+        self.alone = lean and world.size == 1
+        self.weights = FlatWeights(groups, self.place.work, split=lean)
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(self.place.work)
         low = torch.bfloat16 in (self.place.work, self.place.autocast)
         self.optimizer = Optimizer(self.weights, settings, torch.bfloat16 if low else torch.float32)
         model.recompute_blocks = settings.recompute_blocks
-        trained = self.weights.master.numel()
+        trained = self.weights.size
         rows = settings.rows // world.size
         self.micro_rows = int(world.share(fit_rows(model.configs, settings, self.place, rows, trained)))
         self.step = self.tokens = 0
@@ -231,7 +240,8 @@ class _Session:
             with self.place.computing():
                 loss, weight = self.objective(self.model, inputs)
             (loss * self.scale if self.scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
-            self.weights.collect()
+            if not (self.alone and len(parts) == 1):
+                self.weights.collect()
             counts = weight.new_tensor([part.valid_tokens, part.read_tokens])
             totals += torch.cat([torch.stack([loss.detach(), weight]), counts])
         self.world.add_up(totals)
@@ -247,7 +257,8 @@ class _Session:
                 fix="look at the rows' masks with the data's ledger",
             )
         self._add_term(weight_sum)
-        self.world.add_up(self.weights.summed)
+        if not self.alone:
+            self.world.add_up(self.weights.summed)
         factor = 1.0 / (weight_sum * self.scale)
         norm = self.weights.norm() * factor
         if not math.isfinite(norm):
@@ -262,7 +273,7 @@ class _Session:
         if clip is not None and norm > clip:
             factor *= clip / norm
         if self.method is not None and type(self.method).on_gradient is not Method.on_gradient:
-            self.weights.summed *= factor
+            self.weights.summed.mul_(factor)
             factor = 1.0
             self.method.on_gradient(self.model, self._moment())
         self.optimizer.step(learning_share, factor)
@@ -445,7 +456,7 @@ class _Session:
         """Write the checkpoint of this step, from the first process, unless it was written already."""
         if self.run is None or not self.world.first or self.written_at == self.step:
             return
-        if not bool(torch.linalg.vector_norm(self.weights.master).isfinite()):
+        if not self.weights.finite():
             raise NumericError(
                 f"the weights are not finite after step {self.step - 1}; they are not saved",
                 where=self.run.checkpoints,
@@ -518,8 +529,9 @@ class _Session:
             return
         weights, optimizer, state = checkpoint.load(folder)
         self._expect_same(state, folder)
-        checkpoint.put_weights(self.weights.release(), weights, folder)
-        self.weights.publish()
+        values = self.weights.release()
+        checkpoint.put_weights(values, weights, folder)
+        self.weights.take(values)
         self.optimizer.load_state(optimizer)
         if self.method is not None:
             own = {name: value for name, value in optimizer.items() if name.startswith(METHOD)}
@@ -580,8 +592,8 @@ class _Session:
 
     def finish(self) -> None:
         """Give the model its float32 masters, and frozen parameters as they came."""
-        masters = self.weights.release()
         for name, parameter in self.model.named_parameters():
-            parameter.data = masters[name].clone() if name in masters else self.frozen[name].to(self.place.device)
+            own = name in self.weights.slots
+            parameter.data = self.weights.value(name).clone() if own else self.frozen[name].to(self.place.device)
             parameter.grad = None
         self.model.eval()

@@ -144,6 +144,11 @@ SELECTED_STEP = 256
 that nothing fits into: measured, 30 MiB more a step."""
 
 
+HEAD_CHUNK_NUMBERS = 1 << 27
+"""Scores held at once where the head's own gradient is wanted and the scores become their gradient in place: each chunk
+more adds a matrix of the head's size in float32, at a higher cost than that of the scores (benchmarks/LOG.md)."""
+
+
 def rounded(index_N: Tensor, weight_N: Tensor) -> Tensor:
     """The positions, filled up with some of weight 0 to a multiple of `SELECTED_STEP`, as far as there are such."""
     idle = (weight_N == 0).nonzero()[:, 0]
@@ -172,7 +177,8 @@ class _CrossEntropy(torch.autograd.Function):
         d_head: Tensor | None = None
         d_bias = torch.zeros(V, dtype=torch.float32, device=head_VD.device) if needs[2] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        rows = max(1, CHUNK_NUMBERS // V)
+        rows = max(1, (HEAD_CHUNK_NUMBERS if in_c and needs[1] else CHUNK_NUMBERS) // V)
+        rows = max(1, -(-N // max(1, -(-N // rows))))  # chunks of one size
         for start in range(0, N, rows):
             part = slice(start, min(start + rows, N))
             h_ND = hidden_ND[part]

@@ -53,15 +53,18 @@ class Optimizer:
         self.square: dict[str, Tensor] = {}
         for group in (DECAYED, PLAIN):
             start, stop = weights.bounds[group]
-            self.mean[group] = torch.zeros_like(weights.master[start:stop])
-            self.square[group] = torch.zeros_like(weights.master[start:stop])
+            self.mean[group] = self._zeros(stop - start)
+            self.square[group] = self._zeros(stop - start)
         start, stop = weights.bounds[MATRIX]
-        self.momentum = torch.zeros_like(weights.master[start:stop])
+        self.momentum = self._zeros(stop - start)
         # Matrices of one shape are orthogonalized together; experts are stacks of matrices already.
         self.by_shape: dict[tuple[int, int], list[str]] = defaultdict(list)
         for name, slot in weights.slots.items():
             if start <= slot.start < stop:
                 self.by_shape[(slot.shape[-2], slot.shape[-1])].append(name)
+
+    def _zeros(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.float32, device=self.weights.work.device)
 
     @torch.no_grad()
     def step(self, share: float, factor: float = 1.0) -> None:
@@ -74,19 +77,23 @@ class Optimizer:
                 self._adamw(group, start, stop, share, factor)
         if self.by_shape:
             self._muon(share, factor)
+        self.weights.drop()
 
     def _adamw(self, group: str, start: int, stop: int, share: float, factor: float) -> None:
         settings, weights = self.settings, self.weights
-        gradient, master = weights.summed[start:stop], weights.master[start:stop]
         rate = settings.learning_rate * share
         decay = settings.weight_decay if group == DECAYED else 0.0
-        if update.usable(master) and weights.work.dtype in (torch.bfloat16, torch.float32):
+        work = weights.work[start:stop]
+        if update.usable(work) and work.dtype in (torch.bfloat16, torch.float32):
+            parts = weights.pending(start, stop)
             update.adamw(
-                master,
-                gradient,
-                self.mean[group],
-                self.square[group],
-                weights.work[start:stop] if weights.work.dtype == torch.bfloat16 else None,
+                weight=weights.master[start:stop] if weights.rest is None else None,
+                gradient=None if weights.pending() else weights.summed[start:stop],
+                mean=self.mean[group],
+                square=self.square[group],
+                low=work if work.dtype == torch.bfloat16 else None,
+                rest=None if weights.rest is None else weights.rest[start:stop],
+                parts=parts,
                 rate=rate,
                 beta1=settings.beta1,
                 beta2=settings.beta2,
@@ -96,6 +103,7 @@ class Optimizer:
                 factor=factor,
             )
             return
+        gradient, master = weights.summed[start:stop], weights.master[start:stop]
         gradient *= factor
         torch._fused_adamw_(
             [master],

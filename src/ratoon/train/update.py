@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +18,23 @@ from torch import Tensor
 from ratoon.model.native import Unavailable, library
 
 _NUMBERS = ("rate", "beta1", "beta2", "epsilon", "decay", "step", "factor")
+_TENSORS = ("weight", "gradient", "mean", "square", "low", "rest")
+
+Parts = Sequence[tuple[int, Tensor]]
+"""bfloat16 gradients and where each begins in the flat vector; the places ascend."""
+
+
+class _Parts(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("gradient", "start", "count")),
+        ("parts", ctypes.c_int64),
+    ]
 
 
 class _AdamW(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("n", "threads")),
-        *((name, ctypes.c_void_p) for name in ("weight", "gradient", "mean", "square", "low")),
+        *((name, ctypes.c_void_p) for name in (*_TENSORS, "parts")),
         *((name, ctypes.c_double) for name in _NUMBERS),
     ]
 
@@ -42,37 +54,88 @@ def usable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and _code() is not None
 
 
-def collect(gradients: Sequence[Tensor], starts: Sequence[int], summed: Tensor) -> None:
-    """summed[start:] += gradient (bfloat16) for each; the starts ascend."""
-    code, count = _code(), len(gradients)
-    assert code is not None
-    numbers, pointers = ctypes.c_int64 * count, ctypes.c_void_p * count
-    code.ratoon_collect(
-        pointers(*(one.data_ptr() for one in gradients)),
-        numbers(*starts),
-        numbers(*(one.numel() for one in gradients)),
-        ctypes.c_int64(count),
-        ctypes.c_void_p(summed.data_ptr()),
-        ctypes.c_int64(torch.get_num_threads()),
-    )
+def _lying(parts: Parts) -> tuple[_Parts, list[Any]]:
+    """The parts as the C code takes them, and what must live while it works."""
+    tensors = [tensor.contiguous() for _, tensor in parts]
+    numbers, pointers = ctypes.c_int64 * len(parts), ctypes.c_void_p * len(parts)
+    kept: list[Any] = [
+        pointers(*(one.data_ptr() for one in tensors)),
+        numbers(*(start for start, _ in parts)),
+        numbers(*(one.numel() for one in tensors)),
+    ]
+    return _Parts(*(ctypes.addressof(one) for one in kept), len(parts)), [*kept, tensors]
 
 
-def norm(vector: Tensor) -> float:
-    """The length of a float32 vector."""
+def collect(parts: Parts, summed: Tensor) -> None:
+    """summed[start:] += gradient for each part."""
     code = _code()
     assert code is not None
-    arguments = ctypes.c_void_p(vector.data_ptr()), ctypes.c_int64(vector.numel())
-    squares = float(code.ratoon_square_sum(*arguments, ctypes.c_int64(torch.get_num_threads())))
+    lying, kept = _lying(parts)
+    pointer, threads = ctypes.c_void_p(summed.data_ptr()), ctypes.c_int64(torch.get_num_threads())
+    code.ratoon_collect(ctypes.byref(lying), pointer, threads)
+    del kept
+
+
+def norm(vector: Tensor | None, parts: Parts = (), size: int = 0) -> float:
+    """The length of a float32 vector; without one, of `size` numbers that are 0 beside the parts."""
+    code = _code()
+    assert code is not None
+    lying, kept = _lying(parts)
+    n = ctypes.c_int64(size if vector is None else vector.numel())
+    pointer = ctypes.c_void_p(None if vector is None else vector.data_ptr())
+    squares = float(code.ratoon_square_sum(pointer, ctypes.byref(lying), n, ctypes.c_int64(torch.get_num_threads())))
+    del kept
     return math.sqrt(squares)
 
 
-def adamw(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, low: Tensor | None, **numbers: float) -> None:
-    """One step of AdamW on `gradient` · factor, which is 0 afterwards; `low` (bfloat16) gets the rounded weights."""
+def narrow(value: Tensor, low: Tensor) -> None:
+    """Round float32 numbers into `low` (bfloat16): to the nearest, halves away from 0, as `adamw` does."""
+    code = _code()
+    assert code is not None and value.is_contiguous() and low.is_contiguous()
+    n, pointer = ctypes.c_int64(value.numel()), ctypes.c_void_p(low.data_ptr())
+    code.ratoon_narrow(ctypes.c_void_p(value.data_ptr()), n, pointer)
+
+
+def split(value: Tensor, high: Tensor, rest: Tensor) -> None:
+    """Put float32 numbers into `high` (bfloat16, rounded as `narrow` does) and `rest` (int16: what the rounding left,
+    in units of float32's last place); `join` gives them again, bit for bit."""
+    code = _code()
+    assert code is not None and value.is_contiguous() and high.is_contiguous() and rest.is_contiguous()
+    pointers = (ctypes.c_void_p(one.data_ptr()) for one in (high, rest))
+    code.ratoon_split(ctypes.c_void_p(value.data_ptr()), ctypes.c_int64(value.numel()), *pointers)
+
+
+def join(high: Tensor, rest: Tensor) -> Tensor:
+    """The float32 numbers that `split` took apart."""
+    code = _code()
+    assert code is not None and high.is_contiguous() and rest.is_contiguous()
+    value = torch.empty(high.shape, dtype=torch.float32)
+    pointers = (ctypes.c_void_p(one.data_ptr()) for one in (high, rest))
+    code.ratoon_join(*pointers, ctypes.c_int64(high.numel()), ctypes.c_void_p(value.data_ptr()))
+    return value
+
+
+def adamw(
+    *,
+    mean: Tensor,
+    square: Tensor,
+    weight: Tensor | None = None,
+    gradient: Tensor | None = None,
+    low: Tensor | None = None,
+    rest: Tensor | None = None,
+    parts: Parts = (),
+    **numbers: float,
+) -> None:
+    """One step of AdamW on `gradient` · factor, which is 0 afterwards; `low` (bfloat16) gets the rounded weights.
+
+    Without `weight` the weights are `low` and `rest` (see `split`); without `gradient` it is that of the parts.
+    """
     code = _code()
     assert code is not None and numbers.keys() == set(_NUMBERS)
-    tensors = {"weight": weight, "gradient": gradient, "mean": mean, "square": square}
-    call = _AdamW(n=weight.numel(), threads=torch.get_num_threads(), **numbers)
+    lying, kept = _lying(parts)
+    tensors = {"weight": weight, "gradient": gradient, "mean": mean, "square": square, "low": low, "rest": rest}
+    call = _AdamW(n=mean.numel(), threads=torch.get_num_threads(), parts=ctypes.addressof(lying), **numbers)
     for name, tensor in tensors.items():
-        setattr(call, name, tensor.data_ptr())
-    call.low = None if low is None else low.data_ptr()
+        setattr(call, name, None if tensor is None else tensor.data_ptr())
     code.ratoon_adamw(ctypes.byref(call))
+    del kept
