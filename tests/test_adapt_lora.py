@@ -385,6 +385,28 @@ def test_the_end_rank_is_the_target(changes: Table) -> None:
     assert len(set(facts["ranks"].values())) > 1, "a budget that is the same everywhere says nothing"
 
 
+def test_the_ranks_of_a_run_are_on_record() -> None:
+    """The budget of equation 12 in each training record; nobody is asked between two of them."""
+    asked: list[int] = []
+
+    class Watched(AdaLora):
+        def figures(self) -> dict[str, float]:
+            asked.append(1)
+            return super().figures()
+
+    settings = AdaLoraSettings(initial_rank=5, rank=2, every_steps=2)  # type: ignore[call-arg]
+    method, model, records = Watched(settings), little.model(), list[Table]()
+    method.install(model, seed=1)
+    train(model, little.Rows(), little.settings(steps=30, log_every_steps=6), hooks=Hooks(log=records.append),
+          method=method)  # fmt: skip
+    found = {one["step"]: (one["mean_rank"], one["rank_in_all"]) for one in records if one["kind"] == "train"}
+    matrices = len(units(model))
+    wanted = {step: method.budget(matrices, step / 30) for step in (1, 6, 12, 18, 24, 30)}
+    assert found == {step: (budget / matrices, budget) for step, budget in wanted.items()}
+    assert wanted[1] == 5 * matrices > wanted[12] > wanted[30] == 2 * matrices
+    assert len(asked) == len(found) and method_of(TABLES["lora"]).figures() == {}
+
+
 def test_pruned_triplets_may_come_back_until_the_last_phase() -> None:
     model, method = installed({**TABLES["adalora"], "every_steps": 1, "warmup_fraction": 0.0, "final_fraction": 0.2})
     assert isinstance(method, AdaLora)

@@ -241,6 +241,12 @@ class AdaLora(Beside):
             }
         return self._named
 
+    def figures(self) -> dict[str, float]:
+        """The triplets that are not taken away: of a matrix on average, and of all together."""
+        every = self.settings.initial_rank * len(self._installed)
+        left = every if self._kept is None else int(self._kept.sum())
+        return {"mean_rank": left / len(self._installed), "rank_in_all": left}
+
     def state(self) -> dict[str, Tensor]:
         """Sensitivities, uncertainties, and the triplets of the last allocation."""
         found = {f"sensitivity.{name}": value for name, value in self._sensitivity.items()}

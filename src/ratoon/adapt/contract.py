@@ -88,6 +88,11 @@ class Method(ABC):
         """Called after the weights have moved; what is changed in `moment.values` in place is what the model has
         from then on."""
 
+    def figures(self) -> dict[str, float]:
+        """Where the method stands after a step, by name, for the step's record; asked for only where one is written.
+        The names are no other key of that record."""
+        return {}
+
     @property
     def looks_inside(self) -> bool:
         """Whether it reads or changes weights or gradients between the steps, or adds to the loss."""

@@ -32,7 +32,7 @@ from ratoon.train.device import Place, World, find_place, fit_rows, memory_bytes
 from ratoon.train.loss import Inputs, next_token
 from ratoon.train.optim import MATRIX, Optimizer, group_parameters
 from ratoon.train.schedule import share
-from ratoon.train.settings import TrainSettings
+from ratoon.train.settings import FREE_ON_RESUME, LENGTH, TrainSettings
 from ratoon.train.stop import Wishes
 from ratoon.train.trunk import Trunk
 from ratoon.train.weights import FlatWeights, can_split
@@ -45,12 +45,6 @@ LOWEST_SCALE = 2.0**-24
 
 METHOD = "method."
 """What a method keeps for its next steps lies beside the optimizer's state, under names that begin so."""
-LENGTH = {"steps", "budget_minutes"}
-FREE_ON_RESUME = LENGTH | {
-    "compile", "evaluate_every_steps", "evaluate_tokens", "sample_every_steps", "log_every_steps",
-    "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints", "micro_batch_rows",
-}  # fmt: skip
-"""Settings that may change when a run is resumed: they decide how long and what is told, not what is computed."""
 
 
 class BatchSource(Protocol):
@@ -384,6 +378,7 @@ class _Session:
                     progress=progress,
                     **({"skipped_steps": self.skipped_steps} if self.skipped_steps else {}),
                     **({"penalty": self.penalty} if self.penalty else {}),
+                    **(self.method.figures() if self.method is not None else {}),
                 )
                 window_began, window_tokens = now, 0
         self._stop_if_asked(wishes)

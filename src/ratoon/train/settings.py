@@ -8,6 +8,13 @@ from pydantic import Field, model_validator
 
 from ratoon.base.settings import Settings
 
+LENGTH = {"steps", "budget_minutes"}
+FREE_ON_RESUME = LENGTH | {
+    "compile", "evaluate_every_steps", "evaluate_tokens", "sample_every_steps", "log_every_steps",
+    "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints", "micro_batch_rows",
+}  # fmt: skip
+"""Settings that may change when a run is resumed: they decide how long and what is told, not what is computed."""
+
 
 class TrainSettings(Settings):
     """How a model is trained. One step = one update of the weights, on `rows` rows of `context_tokens` tokens."""
