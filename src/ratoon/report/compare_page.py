@@ -7,18 +7,15 @@ the picture `compare_plot.py`'s, looks those of all pages in `templates/`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from markupsafe import Markup
 
 from ratoon.report.compare_phrases import phrase, told
 from ratoon.report.compare_plot import by_parameters
 from ratoon.report.compare_records import Comparison
-from ratoon.report.phrases import Language, duration, size, whole
+from ratoon.report.frame import render_page, say_in
+from ratoon.report.phrases import Language
 from ratoon.report.task_phrases import count, figure_name, shown, signed, task_name
 from ratoon.store.atomic import write_bytes
 
-TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "report.html"
 
 
@@ -33,35 +30,18 @@ def write_compare_page(folder: Path, comparison: Comparison, *, language: Langua
 
 def render_comparison(comparison: Comparison, language: Language) -> str:
     """The page as text."""
-    import jinja2
-
-    sheets = ("page.css", "task.css", "compare.css")
-    style = "\n".join((TEMPLATES / name).read_text(encoding="utf-8").strip() for name in sheets)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-    def say(key: str, **values: Any) -> Markup:
-        strong = {name: value if isinstance(value, Markup) else Markup.escape(value) for name, value in values.items()}
-        return Markup(Markup.escape(phrase(key, language)).format(**strong))
-
-    environment.filters |= {
-        "whole": whole,
-        "count": count,
-        "shown": shown,
-        "signed": signed,
-        "size": size,
-        "duration": lambda seconds: duration(seconds, language),
-        "task_name": lambda kind: task_name(str(kind), language),
-        "figure_name": lambda name: figure_name(str(name), language),
-        "b": lambda text: Markup("<b>{}</b>").format(text),
-    }
-    return environment.get_template("compare.html").render(
-        say=say,
+    return render_page(
+        "compare.html",
+        language,
+        styles=("page.css", "task.css", "compare.css"),
+        filters={
+            "count": count,
+            "shown": shown,
+            "signed": signed,
+            "task_name": lambda kind: task_name(str(kind), language),
+            "figure_name": lambda name: figure_name(str(name), language),
+        },
+        say=say_in(language, phrase),
         c=comparison,
         runs=sum(len(lane.runs) for lane in comparison.lanes),
         notes=[told(note, language) for note in comparison.notes],
@@ -69,5 +49,4 @@ def render_comparison(comparison: Comparison, language: Language) -> str:
             "wide": by_parameters(comparison.lanes, wide=True),
             "narrow": by_parameters(comparison.lanes, wide=False),
         },
-        style=Markup(style),
     )

@@ -7,9 +7,8 @@ and the script those in `templates/`.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ import numpy as np
 from markupsafe import Markup
 
 from ratoon.report import task_plots
-from ratoon.report.phrases import Language, duration, size, whole
+from ratoon.report.frame import render_page, say_in
+from ratoon.report.phrases import Language
 from ratoon.report.records import Records
 from ratoon.report.task_learned import learned
 from ratoon.report.task_phrases import (
@@ -37,7 +37,6 @@ from ratoon.report.task_rows import SORTED_BY, Browser, browser
 from ratoon.store.atomic import write_bytes
 from ratoon.store.runs import Run
 
-TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "report.html"
 CLASSES_SHOWN = 20
 """Classes whose bars stand open; of more the weakest so many."""
@@ -69,36 +68,13 @@ def write_task_page(folder: Path, *, language: Language = "en", run: Run | None 
 
 def render_task(evaluation: Evaluation, language: Language, run: Records | None = None) -> str:
     """The page as text; with what is on record of the run, how it learned stands there, too."""
-    import jinja2
-
-    script = (TEMPLATES / "task.js").read_text(encoding="utf-8").strip()
-    style = "\n".join((TEMPLATES / name).read_text(encoding="utf-8").strip() for name in ("page.css", "task.css"))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-    def say(key: str, **values: Any) -> Markup:
-        strong = {name: value if isinstance(value, Markup) else Markup.escape(value) for name, value in values.items()}
-        return Markup(Markup.escape(phrase(key, language)).format(**strong))
-
-    environment.filters |= {
-        "whole": whole,
-        "count": count,
-        "shown": shown,
-        "signed": signed,
-        "size": size,
-        "duration": lambda seconds: duration(seconds, language),
-        "task_name": lambda kind: task_name(str(kind), language),
-        "figure_name": lambda name: figure_name(str(name), language),
-        "note": lambda text: note_words(str(text), language),
-        "b": lambda text: Markup("<b>{}</b>").format(text),
-    }
-    records = browser(evaluation)
-    return environment.get_template("task.html").render(
+    say, records = say_in(language, phrase), browser(evaluation)
+    return render_page(
+        "task.html",
+        language,
+        styles=("page.css", "task.css"),
+        scripts=("task.js",),
+        filters=task_filters(language),
         say=say,
         e=evaluation,
         beside=_beside(evaluation),
@@ -115,10 +91,19 @@ def render_task(evaluation: Evaluation, language: Language, run: Records | None 
         classes_shown=CLASSES_SHOWN,
         pairs_shown=PAIRS_SHOWN,
         known=PHRASES,
-        style=Markup(style),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def task_filters(language: Language) -> dict[str, Callable[..., Any]]:
+    """How a task's pages write figures and names."""
+    return {
+        "count": count,
+        "shown": shown,
+        "signed": signed,
+        "task_name": lambda kind: task_name(str(kind), language),
+        "figure_name": lambda name: figure_name(str(name), language),
+        "note": lambda text: note_words(str(text), language),
+    }
 
 
 def _beside(evaluation: Evaluation) -> list[Figure]:
