@@ -276,7 +276,10 @@ def test_runs_of_two_tasks(copied: Path, made: Path, capsys: pytest.CaptureFixtu
 
 
 def lines_of(name: str) -> list[dict[str, Any]]:
-    path = Path("runs") / name / "evaluation" / "predictions.jsonl"
+    return lines_at(Path("runs") / name / "evaluation" / "predictions.jsonl")
+
+
+def lines_at(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -294,7 +297,15 @@ def test_runs_measured_on_different_rows(copied: Path, made: Path, capsys: pytes
     write(path, [{**line, "input": f"Text: {line['input']}"} for line in lines])
     assert told(capsys, "few-ia3", "few-full")["notes"] == []
     capsys.readouterr()
+    kept = path.read_text(encoding="utf-8")
     assert ratoon(["evaluate", "few-full", "--limit-rows", "20"]) == 0
+    assert ratoon(["evaluate", "few-full", "test.jsonl"]) == 0
+    beside = Path("runs/few-full/evaluation-20-rows"), Path("runs/few-full/evaluation-test")
+    assert [len(lines_at(folder / "predictions.jsonl")) for folder in beside] == [20, TESTED]
+    assert path.read_text(encoding="utf-8") == kept  # the run's own figures stand
+    capsys.readouterr()
+    shutil.rmtree(path.parent)
+    beside[0].rename(path.parent)
     assert f"different rows: {TESTED} and 20" in refused(capsys, "few-ia3", "few-full")
     assert ratoon(["evaluate", "few-full"]) == 0
     assert len(told(capsys, "few-ia3", "few-full")["runs"]) == 2

@@ -140,9 +140,14 @@ def command(
 
     Loss is in nats per token, with the token that ends a document; bits per byte leaves that token out and can be
     compared between models of different tokenizers. Each comes with what it was counted on and a 95 % interval.
+
+    A task model computes in bfloat16 where that is fast, unless --dtype says otherwise. Rows in FILE… and --limit-rows
+    are written beside the run's own evaluation, not over it.
     """
     from ratoon.base.errors import ConfigError
+    from ratoon.cli.measure import of_task
     from ratoon.data.sources import Reading
+    from ratoon.train.device import fast_dtype
 
     _expect_fitting(context, pairs, files, shorten)
     if suite is not None:
@@ -156,7 +161,7 @@ def command(
     if model is None:
         raise click.UsageError("Missing argument 'MODEL'.")
     asked = _asked(floor, base, robust, perturb, strengths, attack, against, limit_rows, unlabelled, out)
-    lm = load_model(model, dtype, device)
+    lm = load_model(model, _given(context, "dtype") or (fast_dtype() if of_task(model) else dtype), device)
     if isinstance(lm.facts.get("task"), dict) and pairs is None:
         from ratoon.cli.evaluate_task import evaluate_task_model
 

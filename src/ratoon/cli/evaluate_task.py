@@ -49,7 +49,7 @@ def evaluate_task_model(lm: LanguageModel, files: Sequence[str], asked: Asked, *
         return
     recipe = _recipe_of(lm)
     report = measured_model(lm, files, asked)
-    folder = asked.out or _run_folder(lm) / "evaluation"
+    folder = asked.out or _run_folder(lm) / evaluation_name(files, asked.limit_rows)
     write_report(folder, report, "zh" if recipe.language == "zh" else "en", Run(_run_folder(lm)))
     found = report.as_dict()
     if as_json:
@@ -59,6 +59,12 @@ def evaluate_task_model(lm: LanguageModel, files: Sequence[str], asked: Asked, *
 
     answer(show_task(found, language="zh" if recipe.language == "zh" else "en"))
     talk(f"page: {folder / 'report.html'}")
+
+
+def evaluation_name(files: Sequence[str], limit_rows: int | None) -> str:
+    """The folder of an evaluation in its run: that of the run's own test rows is `evaluation`, others lie beside it."""
+    parts = [Path(file).name.split(".")[0] for file in files] + ([f"{limit_rows}-rows"] if limit_rows else [])
+    return "-".join(["evaluation", *parts])[:100]
 
 
 def _answer_rows(lm: LanguageModel, files: Sequence[str], asked: Asked, *, as_json: bool) -> None:

@@ -217,13 +217,13 @@ class _Job(Job):
         self.world.wait()
 
     def page(self) -> None:
-        """The run's page, where something was measured: how good the model is, how sure that is, and where it errs."""
-        from ratoon.store.atomic import write_bytes
+        """The run's page: that of its measures, written with them, or one that says that there are none, and why."""
+        from ratoon.report.task_unmeasured import write_unmeasured_page
 
-        measured = self.run.folder / "evaluation" / "report.html"
-        if measured.is_file():
-            write_bytes(self.run.report, measured.read_bytes())
-            self.talk(f"page: {self.run.report}")
+        state = self.run.read_state()
+        if state.get("status") != "done" or not state.get("evaluation"):
+            write_unmeasured_page(self.run, language="zh" if self.language == "zh" else "en")
+        self.talk(f"page: {self.run.report}")
 
     # -- model and method ------------------------------------------------------------------------------------------
 
@@ -490,13 +490,13 @@ class _Job(Job):
         }
         manifest = self._write(lm, method, parents, facts)
         self.state(status="done", step=step, steps=result.steps, tokens=result.tokens, model_hash=manifest.hash,
-                   best={"step": result.best_step, "by": result.best_loss})  # fmt: skip
+                   best={"step": result.best_step, "by": result.best_loss}, evaluation=None)  # fmt: skip
         if material.parts.test:
             from ratoon.cli.measure import measure_run
 
             report = measure_run(self.run, material.task, material.parts, language=self.recipe.language, talk=self.talk)
             self.state(evaluation=report)
-        commands = [f"ratoon evaluate {self.run.name}"]
+        commands = [f"ratoon evaluate {self.run.name}" + ("" if material.parts.test else " FILE")]
         if type(method).merge is not Method.merge:  # others stay beside their base
             commands.append(f"ratoon export {self.run.name} {self.run.name}-hf")
         self.state(next_commands=commands)

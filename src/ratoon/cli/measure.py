@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 Talk = Callable[[str], None]
 
 
+def of_task(name: str) -> bool:
+    """Whether the model `name` was fine-tuned for a task, as its folder says; it is not loaded."""
+    from ratoon.generate.lm import locate
+    from ratoon.store.artifact import MANIFEST, read_manifest
+
+    folder = locate(name)
+    return (folder / MANIFEST).is_file() and isinstance(read_manifest(folder).facts.get("task"), dict)
+
+
 def measure_run(run: Run, task: Task[Any], parts: Parts, *, language: str, talk: Talk) -> dict[str, Any]:
     """Measure the run's model, as it was saved, on its test records; returns the figures."""
     from ratoon.evaluate.task import evaluate_task

@@ -53,6 +53,12 @@ class RecordSettings(Settings):
         "refuse", description="skip: rows that cannot be read or do not fit the task are left out, counted"
     )
     shots: int | None = Field(None, ge=1, description="so many training rows of each label, the others left out")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        description="draws parts, shots and limits; absent: the recipe's seed (runs of several seeds that are "
+        "compared need one here)",
+    )
     limit_rows: int | None = Field(None, ge=1, description="so many training rows, drawn from the seed")
     limit_test_rows: int | None = Field(None, ge=1, description="so many test rows, drawn from the seed")
     duplicates: Literal["drop", "keep"] = Field(
@@ -147,6 +153,7 @@ def read_parts(task: Task[Any], settings: RecordSettings, *, seed: int) -> Parts
     Raises `DataError` when nothing is left to learn from, or, under `leaks: refuse`, for a copy. Ids that stand twice
     are told, not refused: data sets have them.
     """
+    seed = seed if settings.seed is None else settings.seed
     ledgers = {name: TaskLedger() for name in PARTS}
     ledger = ledgers["train"]
     found = {name: read_records(task, getattr(settings, name), settings, ledgers[name]) for name in PARTS}
@@ -187,6 +194,7 @@ def read_beside(
 ) -> Parts:
     """The records of `files` as the test part beside the `training` records of a run, looked through for copies of
     these; `unanswered`: of rows whose answers are not told, which are not compared. Raises as `read_records`."""
+    seed = seed if settings.seed is None else settings.seed
     ledgers = {name: TaskLedger() for name in PARTS}
     found = read_records(task, files, settings, ledgers["test"], unanswered=unanswered)
     records = [record for record, _ in found]

@@ -374,10 +374,12 @@ class TaskHead(nn.Module):
         A text's position is that of its last token. `own_BT` (bool) says which tokens are pooled; absent: all of its
         document's.
         """
-        picked_ND = (
-            hidden_BTD[at_BT] if self.cfg.pooling == "last" else self._pool(hidden_BTD, at_BT, document_BT, own_BT)
-        )
-        scores_NK: Tensor = self.score(picked_ND).float()
+        if self.cfg.pooling == "last":
+            # Every position is scored: that costs little, and large blocks have one size in every step (those of
+            # changing sizes leave the allocator's memory in pieces, which grows by gigabytes).
+            scores_BTK: Tensor = self.score(hidden_BTD).float()
+            return scores_BTK[at_BT]
+        scores_NK: Tensor = self.score(self._pool(hidden_BTD, at_BT, document_BT, own_BT)).float()
         return scores_NK
 
     def _pool(self, hidden_BTD: Tensor, at_BT: Tensor, document_BT: Tensor | None, own_BT: Tensor | None) -> Tensor:

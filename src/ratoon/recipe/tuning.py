@@ -20,7 +20,9 @@ from ratoon.recipe.pretraining import Derived, Table, read_table
 from ratoon.tasks.registry import class_of
 from ratoon.train.settings import NoiseSettings, TrainSettings
 
-EXAMPLES_A_STEP = 32
+EXAMPLES_A_STEP, FEWEST_EXAMPLES_A_STEP, WANTED_STEPS = 32, 8, 200
+"""A step has so many examples; fewer, where the run would otherwise have fewer steps than wanted."""
+
 LEARNING_RATES = {"full": 5e-5, "lora": 5e-4, "adalora": 1e-3, "ia3": 5e-3, "houlsby": 5e-4, "pfeiffer": 5e-4,
                   "prefix": 5e-3, "prompt": 3e-2}  # fmt: skip
 FROM_NOTHING = 1e-3
@@ -118,12 +120,13 @@ class TunePlan:
         new = recipe.model.architecture == "encoder-decoder"
         kind = str(recipe.method.get("kind", "full"))
         each = examples / rows_an_epoch
-        rows = max(1, round(EXAMPLES_A_STEP / each))
-        settle(
-            "rows", min(rows, max(1, rows_an_epoch // 2)), f"about {EXAMPLES_A_STEP} examples a step, {each:.1f} a row"
-        )
+        epochs = recipe.epochs if recipe.epochs is not None else 3
+        at_once = EXAMPLES_A_STEP
         if table.get("steps") is None and table.get("budget_minutes") is None:
-            epochs = recipe.epochs if recipe.epochs is not None else 3
+            at_once = min(at_once, max(FEWEST_EXAMPLES_A_STEP, round(epochs * examples / WANTED_STEPS)))
+        rows = max(1, round(at_once / each))
+        settle("rows", min(rows, max(1, rows_an_epoch // 2)), f"about {at_once} examples a step, {each:.1f} a row")
+        if table.get("steps") is None and table.get("budget_minutes") is None:
             steps = max(1, -(-round(epochs * rows_an_epoch) // int(table["rows"])))
             settle("steps", steps, f"{epochs:g} epochs of {rows_an_epoch:,} rows")
         settle("seed", recipe.seed, "the recipe's seed")

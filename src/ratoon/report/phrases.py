@@ -156,6 +156,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     "throughput": ("Throughput", "吞吐量"),
     "memory": ("Memory of the process", "进程内存"),
     "gradient_norm": ("Gradient norm", "梯度范数"),
+    "rank": ("Rank", "秩"),
     "unit_loss": ("nats per token", "奈特／词元"),
     "unit_learning_rate": ("of AdamW", "AdamW"),
     "muon": (
@@ -165,6 +166,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     "unit_throughput": ("tokens per second", "词元每秒"),
     "unit_memory": ("MB", "MB"),
     "unit_gradient_norm": ("before clipping", "裁剪之前"),
+    "unit_rank": ("of a matrix, on average", "各矩阵的平均值"),
     "legend_train": ("training", "训练"),
     "legend_smooth": ("mean of {n} neighbouring records", "相邻 {n} 条记录的平均"),
     "legend_held_out": ("held-out", "留出"),

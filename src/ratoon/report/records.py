@@ -29,6 +29,7 @@ CURVES = (
     ("throughput", "tokens_per_second"),
     ("memory", "memory_bytes"),
     ("gradient_norm", "grad_norm"),
+    ("rank", "mean_rank"),
 )
 """The curves of a page, and the key of the training records that each is drawn from."""
 
@@ -167,7 +168,8 @@ class Records:
         """What to type next: the run's own list, or how to go on with a run that did not reach its end."""
         if self.status == "done":
             return [str(command) for command in self.state.get("next_commands") or []]
-        return [f"ratoon pretrain {self.run.recipe_path} --resume"] if self.recipe else []
+        verb = "finetune" if self.recipe_table("task") else "pretrain"
+        return [f"ratoon {verb} {self.run.recipe_path} --resume"] if self.recipe else []
 
     @property
     def log_tail(self) -> list[str]:
@@ -306,14 +308,22 @@ class Records:
         return [str(source) for source in found] if isinstance(found, list) else []
 
     @cached_property
-    def recipe_train(self) -> dict[str, Any]:
-        """The table `train` of the recipe, or nothing."""
+    def _recipe(self) -> dict[str, Any]:
         try:
             table = yaml.safe_load(self.recipe)
         except yaml.YAMLError:
             return {}
-        found = table.get("train") if isinstance(table, dict) else None
+        return table if isinstance(table, dict) else {}
+
+    def recipe_table(self, key: str) -> dict[str, Any]:
+        """A table of the recipe, or nothing."""
+        found = self._recipe.get(key)
         return found if isinstance(found, dict) else {}
+
+    @property
+    def recipe_train(self) -> dict[str, Any]:
+        """The table `train` of the recipe, or nothing."""
+        return self.recipe_table("train")
 
     @property
     def matrix_learning_rate(self) -> float | None:

@@ -83,6 +83,7 @@ class _Course:
         self.points = [point for one in evaluations if (point := self._point(one)) is not None]
         names = [str(name) for one in evaluations if (name := _table(one, "measure").get("name"))]
         self.measure = names[-1] if names else None
+        self.rank = _rank_asked_for(records)
 
     def epochs(self, step: int) -> float | None:
         """How often the training rows had been seen after that step; None where their number is not on record."""
@@ -113,6 +114,13 @@ class _Course:
         return Point(step, self.epochs(step), loss, value, tokens, seconds, integer(n))
 
 
+def _rank_asked_for(records: Records) -> float | None:
+    """The mean rank that a budget of ranks ends with: as the method came to, else as the recipe says."""
+    facts = _table(records.state, "method_facts")
+    asked, ranks = number(facts.get("rank_asked_for")), _table(facts, "ranks")
+    return asked / len(ranks) if asked and ranks else number(records.recipe_table("method").get("rank"))
+
+
 def _table(table: dict[str, Any], key: str) -> dict[str, Any]:
     found = table.get(key)
     return found if isinstance(found, dict) else {}
@@ -137,8 +145,10 @@ def _beside(of: _Course, say: curves.Say, language: Language) -> dict[str, curve
             held=say("legend_validation"), **more,
         )  # fmt: skip
 
+    asked = (("level", say("legend_rank", n=f"{of.rank:g}")),) if of.rank else ()
     return {
         "": curves.Beside(borders=borders),
+        "rank": curves.Beside(borders=borders, level=of.rank, legend=(*asked, *ends)),
         "loss": marked(None if kept is None else kept.loss, unit=say("learned_mean")),
         "measure": marked(
             None if kept is None else kept.value,

@@ -38,6 +38,8 @@ from ratoon.store.atomic import write_bytes
 from ratoon.store.runs import Run
 
 PAGE = "report.html"
+OWN = "evaluation"
+"""The folder in a run's that holds the evaluation of its own test rows."""
 CLASSES_SHOWN = 20
 """Classes whose bars stand open; of more the weakest so many."""
 MATRIX_OPEN, MATRIX_MOST = 12, 150
@@ -53,16 +55,19 @@ BESIDE = {
 
 def write_task_page(folder: Path, *, language: Language = "en", run: Run | None = None) -> Path:
     """Write `report.html` into a folder with evaluation.json and predictions.jsonl, from what they hold, and return its
-    path. `run`: the one that the model comes from; the page shows how it learned, where its folder tells that.
+    path. `run`: the one that the model comes from; the page shows how it learned, where its folder tells that. The
+    evaluation of the run's own rows, in its folder `evaluation`, gives the run its page, too: the two are one.
 
     The page is one file without outside references. Raises `ArtifactError` when there is no evaluation in the folder,
     or the run's manifest cannot be read; `StorageError` when the disk refuses.
     """
     there = run is not None and run.state_path.is_file() and run.metrics_path.is_file()
     records = Records.read(run) if run is not None and there else None
-    page = render_task(Evaluation.read(Path(folder)), language, records)
-    path = Path(folder) / PAGE
-    write_bytes(path, page.encode("utf-8", "replace"))  # half a surrogate pair in a record becomes "?"
+    page = render_task(Evaluation.read(Path(folder)), language, records).encode("utf-8", "replace")
+    path = Path(folder) / PAGE  # half a surrogate pair in a record became "?"
+    write_bytes(path, page)
+    if run is not None and records is not None and path.parent.resolve() == (run.folder / OWN).resolve():
+        write_bytes(run.report, page)
     return path
 
 

@@ -205,6 +205,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     "legend_kept": ("kept: step {step}, {value}", "保留：第 {step} 步，{value}"),
     "legend_epoch": ("end of an epoch, {n} steps", "一轮结束（{n} 步）"),
     "legend_epochs": ("end of every {every} epochs, {n} steps", "每 {every} 轮结束（{n} 步）"),
+    "legend_rank": ("asked for at the end: {n}", "最终要求：{n}"),
     "learned_mean": ("mean over what is learned", "对所学内容取平均"),
     "learned_rows": ("on the validation rows", "在验证数据上"),
     "learned_at": ("step {step} ({epochs} epochs)", "第 {step} 步（{epochs} 轮）"),
@@ -250,6 +251,47 @@ PHRASES: dict[str, tuple[str, str]] = {
     "learned_table": ("Measurements on the validation rows as a table", "验证数据上的测量表"),
     "col_epochs": ("Epochs", "轮次"),
     "col_learned": ("Learned places", "所学位置"),
+    # -- a run of which nothing was measured -------------------------------------------------------------------
+    "lead_tuned": (
+        "Task {task}: {base}, trained by {method}; {trained} of its {parameters} parameters learn.",
+        "任务：{task}。以 {base} 为基础，训练方法为 {method}；{parameters} 个参数中有 {trained} 个参与学习。",
+    ),
+    "lead_tuned_new": (
+        "Task {task}: an encoder-decoder of new weights; {trained} of its {parameters} parameters learn.",
+        "任务：{task}。权重全新的编码器－解码器；{parameters} 个参数中有 {trained} 个参与学习。",
+    ),
+    "h_unmeasured": ("Nothing was measured", "没有测量"),
+    "why_no_test": (
+        "The recipe sets no rows aside for a test, so there is no score. Measure the model on a file of the task: FILE.",
+        "配方没有留出测试数据，因此没有得分。请用该任务的文件（FILE）测量模型。",
+    ),
+    "why_no_model": (
+        "The run ended before its model was written.",
+        "在写出模型之前，运行就已结束。",
+    ),
+    "why_model_left": (
+        "A model was written (that of step {step}), and it is not measured yet.",
+        "模型已写出（第 {step} 步），但尚未测量。",
+    ),
+    "why_earlier": (
+        "The run had been measured before it went on. Until it comes to its end, its model is the earlier one (that of "
+        "step {step}), and what was measured of that stands in {page}.",
+        "该次运行在继续之前测量过。在它到达终点之前，模型仍是较早的那个（第 {step} 步），其测量结果见 {page}。",
+    ),
+    "why_not_yet": (
+        "The run has not come to its end.",
+        "运行尚未到达终点。",
+    ),
+    "what_to_type": ("What to type", "请输入"),
+    "type_again": (
+        "There is nothing to go on with: put right what the reason says, and type the same command again.",
+        "没有可以继续的内容：请按上述原因改正，然后重新输入同一条命令。",
+    ),
+    "shape_tuned": ("{family}, {layers} layers, {width} wide", "{family}，{layers} 层，宽 {width}"),
+    "unmeasured_written": (
+        "Written by Ratoon from what lies in the folder of the run.",
+        "由 Ratoon 根据该次运行的文件夹内容生成。",
+    ),
     # -- ledger ------------------------------------------------------------------------------------------------
     "accounts_note": (
         "Each row and each token that was read is booked once: trained + cut + split + dropped + duplicate + masked = "

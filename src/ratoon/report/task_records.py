@@ -325,13 +325,17 @@ class Evaluation:
     @property
     def accounts(self) -> list[Account]:
         """The ledgers, by part, of parts that hold a row."""
-        ledger = self.facts.get("ledger") or {}
-        parts = {"train": ledger} if "rows" in ledger else ledger.get("parts") or {}
-        return [
-            Account(name, one["rows"], one["tokens"], one.get("reasons") or {}, one.get("notes") or [])
-            for name, one in parts.items()
-            if one["rows"].get("read")
-        ]
+        return accounts_of(self.facts.get("ledger") or {})
+
+
+def accounts_of(ledger: dict[str, Any]) -> list[Account]:
+    """The accounts of what a run's ledger.json holds, or of the ledger of one part: those of parts that hold a row."""
+    parts = {"train": ledger} if "rows" in ledger else ledger.get("parts") or {}
+    return [
+        Account(name, one["rows"], one["tokens"], one.get("reasons") or {}, one.get("notes") or [])
+        for name, one in parts.items()
+        if one["rows"].get("read")
+    ]
 
 
 def number(value: Any) -> float | None:
