@@ -262,7 +262,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     ),
     "h_unmeasured": ("Nothing was measured", "没有测量"),
     "why_no_test": (
-        "The recipe sets no rows aside for a test, so there is no score. Measure the model on a file of the task: FILE.",
+        "The recipe sets no rows aside for a test: there is no score. Measure the model on a file of the task, FILE.",
         "配方没有留出测试数据，因此没有得分。请用该任务的文件（FILE）测量模型。",
     ),
     "why_no_model": (
