@@ -6,6 +6,7 @@ again: in training these cost more than the arithmetic. Decides nothing at impor
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -32,6 +33,16 @@ def tune_allocator() -> str:
     if _done is None:
         _done = _tune()
     return _done
+
+
+def release_freed() -> None:
+    """Give memory that is freed by now back to the system once: weights as they were loaded, rows as they were read.
+
+    Does nothing where there is no glibc. Never raises.
+    """
+    if sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 
 
 def _tune() -> str:

@@ -21,7 +21,7 @@ from ratoon.adapt.contract import Method, Moment
 from ratoon.base.errors import ArtifactError, ConfigError, NumericError
 from ratoon.base.seeds import derive
 from ratoon.data.batch import Batch
-from ratoon.model.allocator import tune_allocator
+from ratoon.model.allocator import release_freed, tune_allocator
 from ratoon.model.encoder_decoder import AnyModel
 from ratoon.model.transformer import Transformer
 from ratoon.store.artifact import Parent
@@ -187,6 +187,7 @@ class _Session:
                 parameter.data = parameter.data.to(self.place.work)
         low = torch.bfloat16 in (self.place.work, self.place.autocast)
         self.optimizer = Optimizer(self.weights, settings, torch.bfloat16 if low else torch.float32)
+        release_freed()
         model.recompute_blocks = settings.recompute_blocks
         trained = self.weights.size
         rows = settings.rows // world.size
