@@ -176,7 +176,8 @@ def test_where_a_model_writes_its_base_answers_the_same_prompts(
 
     recipe, task = load_tuning("runs/tuned/recipe.yaml"), task_of_model(load("tuned"))
     parts = read_parts(task, recipe.data, seed=recipe.seed)
-    alone = evaluate_task(load("base", dtype=fast_dtype()), task, parts.test, language="en", too_long=recipe.data.too_long)
+    base = load("base", dtype=fast_dtype())
+    alone = evaluate_task(base, task, parts.test, language="en", too_long=recipe.data.too_long)
     assert found["base"]["values"] == [one.as_dict() for one in alone.measured.values]
     if kind in ("generation", "dialogue"):  # the whole text is measured: training moved it
         assert found["base"]["values"][0]["value"] != found["values"][0]["value"]

@@ -214,6 +214,18 @@ def test_every_shipped_recipe_of_fine_tuning_settles(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("epochs", "examples", "rows", "steps"),
+    [(3, 4_000, 32, 375), (1, 10_000, 32, 313), (3, 1_000, 15, 200), (6, 135, 8, 102), (1, 20, 8, 3)],
+)
+def test_few_examples_make_smaller_steps(epochs: float, examples: int, rows: int, steps: int) -> None:
+    """32 examples a step, unless the run would then have fewer than 200 steps; but never fewer than 8."""
+    plan = settle_tuning(load_tuning("banking77", {"epochs": epochs}))
+    settings, derived = plan.train_settings(rows_an_epoch=examples, examples=examples)
+    assert (settings.rows, settings.steps) == (rows, steps)
+    assert any(one.key == "train.rows" and f"about {rows} examples a step" in one.reason for one in derived)
+
+
+@pytest.mark.parametrize(
     ("verb_of", "name", "words"),
     [(load, TUNING[0], "ratoon finetune"), (load_tuning, PRETRAINING[0], "ratoon pretrain")],
 )
