@@ -9,13 +9,13 @@ from ratoon.data.records import RecordSettings, read_parts
 from ratoon.tasks.registry import task_of
 
 
-def places(folder: Path, seed: int, **more: object) -> dict[str, list[str]]:
+def places(folder: Path, run_seed: int, **more: object) -> dict[str, list[str]]:
     rows = [{"text": f"a text of number {i} and its own words {i * i}", "label": "ab"[i % 2]} for i in range(60)]
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     table = {"train": [str(path)], "test_fraction": 0.3, "shots": 5, "limit_test_rows": 10, "near": 1.0, **more}
     task = task_of({"kind": "classification"})
-    parts = read_parts(task, RecordSettings.model_validate(table), seed=seed)
+    parts = read_parts(task, RecordSettings.model_validate(table), seed=run_seed)
     return {"train": sorted(one.place for one in parts.train), "test": sorted(one.place for one in parts.test)}
 
 
