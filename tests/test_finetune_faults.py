@@ -368,3 +368,25 @@ def test_a_file_that_is_not_there(place: Path) -> None:
 def test_a_recipe_that_pretrains(place: Path) -> None:
     said = error({"name": "x", "data": {"sources": ["a.txt"]}})
     assert said.found == "the recipe has no task: it pretrains a model" and "ratoon pretrain" in str(said.fix)
+
+
+# -- afterwards --------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_of_runs_and_a_run_in_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune(table("classification"), rows_of("classification")) == 0
+    held = json.loads(Path("runs/tuned/manifest.json").read_text(encoding="utf-8"))
+    figure = held["evaluation"]["values"][0]
+    capsys.readouterr()
+    assert ratoon(["runs"]) == 0
+    assert f"{figure['name']} {figure['value']:.4f}" in capsys.readouterr().out
+    assert ratoon(["runs", "show", "tuned"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"accuracy {figure['value']:.4f} [{figure['interval'][0]:.4f}, " in said
+    assert f"n = {figure['n']:,} records" in said and "task classification, by lora on base" in said
+    assert f"examples there {held['data']['train_examples']:,} to train on" in said and "learned places" in said
+    # Stopped on its way, it is fine-tuning that goes on.
+    held |= {"status": "stopped"}
+    Path("runs/tuned/manifest.json").write_text(json.dumps(held), encoding="utf-8")
+    assert ratoon(["runs", "show", "tuned"]) == 0
+    assert "ratoon finetune" in capsys.readouterr().out

@@ -33,7 +33,9 @@ def list_(as_json: bool) -> None:
     if not found:
         talk(f"no runs yet below {RUNS}/: `ratoon quickstart` makes one")
         return
-    rows: list[tuple[str, ...]] = [("name", "status", "steps", "held-out loss", "bits/byte", "minutes", "written")]
+    rows: list[tuple[str, ...]] = [
+        ("name", "status", "steps", "held-out loss", "bits/byte", "task's measure", "minutes", "written")
+    ]
     for one in found:
         held = one["evaluation"] or {}
         rows.append(
@@ -43,6 +45,7 @@ def list_(as_json: bool) -> None:
                 f"{one['step']:,}" if one["step"] is not None else "-",
                 f"{held['loss']:.4f}" if held.get("loss") is not None else "-",
                 f"{held['bits_per_byte']:.4f}" if held.get("bits_per_byte") is not None else "-",
+                " ".join(_main(held)),
                 f"{one['seconds'] / 60:.1f}" if one["seconds"] is not None else "-",
                 one["written"].replace("T", " "),
             )
@@ -77,7 +80,8 @@ def facts(run: Run) -> dict[str, Any]:
     status = str(state.get("status", "unknown"))
     commands = list(state.get("next_commands") or [])
     if status != "done":
-        commands = [f"ratoon pretrain {run.recipe_path} --resume"] if run.recipe_path.is_file() else []
+        verb = "finetune" if state.get("task") else "pretrain"
+        commands = [f"ratoon {verb} {run.recipe_path} --resume"] if run.recipe_path.is_file() else []
     model = state.get("model") or {}
     places = {
         "recipe": run.recipe_path,
@@ -103,6 +107,9 @@ def facts(run: Run) -> dict[str, Any]:
         "memory_bytes": trained.get("memory_bytes"),
         "evaluation": state.get("evaluation") or ({k: v for k, v in measured.items() if k != "kind"} or None),
         "model": {key: model[key] for key in ("family", "parameters", "layers", "width") if key in model},
+        "task": (state.get("task") or {}).get("kind"),
+        "method": (state.get("method") or {}).get("kind"),
+        "base": state.get("base"),
         "data": state.get("data") or {},
         "init": state.get("init"),
         "model_hash": state.get("model_hash"),
@@ -125,12 +132,19 @@ def _page(found: dict[str, Any]) -> list[str]:
         rows.append(("model", ", ".join([f"{model['parameters']:,} parameters", *shape])))
     if found["init"]:
         rows.append(("goes on from", str(found["init"])))
+    if found["task"]:
+        rows.append(("task", f"{found['task']}, by {found['method']} on {found['base'] or 'random weights'}"))
     data = found["data"]
     if data:
         rows.append(("text", ", ".join(map(str, data.get("sources") or ["?"]))))
+    if "train_tokens" in data:
         rows.append(("tokens there", f"{data['train_tokens']:,} to train on, {data['held_out_tokens']:,} held out"))
+    elif "train_examples" in data:
+        parts = f"{data['validation_examples']:,} for validation, {data['test_records']:,} to test"
+        rows.append(("examples there", f"{data['train_examples']:,} to train on, {parts}"))
     if found["step"] is not None:
-        rows.append(("trained", f"{found['step']:,} steps, {found['tokens'] or 0:,} tokens"))
+        what = "learned places" if found["task"] else "tokens"
+        rows.append(("trained", f"{found['step']:,} steps, {found['tokens'] or 0:,} {what}"))
     if found["seconds"] is not None:
         rows.append(("time", f"{found['seconds'] / 60:.1f} minutes"))
     if found["tokens_per_second"]:
@@ -139,19 +153,37 @@ def _page(found: dict[str, Any]) -> list[str]:
         rows.append(("memory", size_words(found["memory_bytes"])))
     if found["train_loss"] is not None:
         rows.append(("last training loss", f"{found['train_loss']:.4f}"))
-    held = found["evaluation"]
-    if held:
-        interval = " [{:.4f}, {:.4f}]".format(*held["interval"]) if held.get("interval") else ""
-        rows.append(("held-out loss", f"{held['loss']:.4f}{interval}, n = {held.get('n_tokens', 0):,} tokens"))
-        more = [
-            f"{held[key]:.4f} {words}"
-            for key, words in (("perplexity", "perplexity"), ("bits_per_byte", "bits per byte"))
-            if held.get(key) is not None
-        ]
-        if more:
-            rows.append(("", ", ".join(more)))
+    rows += _measured(found["evaluation"] or {})
     rows += [(what, place) for what, place in found["places"].items()]
     lines = aligned(list(rows))
     if found["next_commands"]:
         lines += ["", "next:", *(f"  {one}" for one in found["next_commands"])]
     return lines
+
+
+def _measured(held: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured: the held-out loss of a language model, or a task's main figure."""
+    if values := held.get("values"):
+        name, value = _main(held)
+        return [(name, f"{value}{_interval(values[0])}, n = {values[0]['n']:,} {values[0]['unit']}s")]
+    if held.get("loss") is None:
+        return []
+    rows = [("held-out loss", f"{held['loss']:.4f}{_interval(held)}, n = {held.get('n_tokens', 0):,} tokens")]
+    more = [
+        f"{held[key]:.4f} {words}"
+        for key, words in (("perplexity", "perplexity"), ("bits_per_byte", "bits per byte"))
+        if held.get(key) is not None
+    ]
+    return [*rows, ("", ", ".join(more))] if more else rows
+
+
+def _main(held: dict[str, Any]) -> tuple[str, ...]:
+    """Name and value of a task's main figure; of what is no task, a dash."""
+    main = next(iter(held.get("values") or []), None)
+    if main is None:
+        return ("-",)
+    return main["name"], "undefined" if main["value"] is None else f"{main['value']:.4f}"
+
+
+def _interval(figures: dict[str, Any]) -> str:
+    return " [{:.4f}, {:.4f}]".format(*figures["interval"]) if figures.get("interval") else ""
