@@ -375,9 +375,10 @@ def test_runs_lists(verb: Any) -> None:
     make_runs()
     said = verb("runs")
     lines = {line.split()[0]: line.split() for line in said.out.splitlines()}
-    assert lines["done"][1:6] == ["done", "10", "2.2500", "1.2500", "2.0"]
-    assert lines["stopped"][1:6] == ["interrupted", "7", "3.7500", "-", "0.1"]
+    assert lines["done"][1:6] == ["done", "10", "2.2500", "1.2500", "-"]
+    assert lines["stopped"][1:6] == ["interrupted", "7", "3.7500", "-", "-"]
     assert lines["failed"][1:6] == ["failed", "-", "-", "-", "-"]
+    assert [lines[name][6] for name in ("done", "stopped", "failed")] == ["2.0", "0.1", "-"]
     assert [one["name"] for one in verb("runs", "list", "--json").json["runs"]] == [
         "done",
         "stopped",

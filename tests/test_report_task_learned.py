@@ -150,6 +150,7 @@ def test_numbers_of_a_long_logarithmic_axis_are_whole_decades() -> None:
                           "1.2500, it was 25\u00a0% higher."),
         (FALLING, "warn", "still falling at the end: 1.200 at step 30 (2.4 epochs), 1.0000 at step 40 (3.2 epochs)"),
         (LEVEL, "good", "came to rest: lowest, 1.0000, at step 30 (2.4 epochs); 1.0200 at the end"),
+        ((1.0, 1.04, 1.02, 1.03, 1.02), "bad", "never fell below what it was before training, 1.0000"),
         ((4.0, 2.0, 1.0, 1.0, 1.04), "good", "came to rest"),  # a rise of 4 %
         ((1.5, 1.4, 1.2, 1.013, 1.0), "good", "came to rest"),  # a last fall of 1 %
         ((4.0, 0.05, 0.040, 0.044, 0.043), "good", "came to rest"),  # of all that was gained next to nothing

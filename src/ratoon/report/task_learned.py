@@ -174,6 +174,8 @@ def _finding(of: _Course, say: curves.Say) -> tuple[str, Markup] | None:
         return "warn" if low.step else "bad", say(key, percent=f"{100 * rise / low.loss:.0f}\u00a0%", **told)
     if len(after) < 3:
         return None
+    if not low.step:
+        return "bad", say("learned_nothing", **told)
     before = after[-2]
     if low is last and before.loss - last.loss > max(STILL * before.loss, OF_THE_FALL * gained):
         return "warn", say("learned_falling", before=shown(before.loss), there=_at(before, say), **told)

@@ -223,6 +223,11 @@ PHRASES: dict[str, tuple[str, str]] = {
         "help.",
         "验证损失在结束时仍在下降：{there}为 {before}，{at}为 {end}。延长训练可能会有帮助。",
     ),
+    "learned_nothing": (
+        "The validation loss never fell below what it was before training, {low}: nothing was learned that the "
+        "validation rows show.",
+        "验证损失从未低于训练前的 {low}：没有学到在验证数据上看得见的东西。",
+    ),
     "learned_level": (
         "The validation loss came to rest: lowest, {low}, at {at}; {end} at the end.",
         "验证损失趋于平稳：在{at}最低，为 {low}；结束时为 {end}。",
