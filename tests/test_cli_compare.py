@@ -300,7 +300,12 @@ def test_runs_measured_on_different_rows(copied: Path, made: Path, capsys: pytes
     kept = path.read_text(encoding="utf-8")
     assert ratoon(["evaluate", "few-full", "--limit-rows", "20"]) == 0
     assert ratoon(["evaluate", "few-full", "test.jsonl"]) == 0
-    beside = Path("runs/few-full/evaluation-20-rows"), Path("runs/few-full/evaluation-test")
+    Path("apart").mkdir()
+    shutil.copy("test.jsonl", "apart/test.jsonl")
+    assert ratoon(["evaluate", "few-full", "apart/test.jsonl"]) == 0  # of the same name
+    found = sorted(Path("runs/few-full").glob("evaluation-test-*"))
+    assert len(found) == 2
+    beside = Path("runs/few-full/evaluation-20-rows"), found[0]
     assert [len(lines_at(folder / "predictions.jsonl")) for folder in beside] == [20, TESTED]
     assert path.read_text(encoding="utf-8") == kept  # the run's own figures stand
     capsys.readouterr()

@@ -6,6 +6,7 @@ robustness and attacks reach a task's records in `evaluate/task_robust.py`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ratoon.base.errors import ArtifactError, ConfigError, DataError
+from ratoon.cli.measure import too_long_of
 
 if TYPE_CHECKING:
     from ratoon.data.records import Parts, RecordSettings
@@ -62,9 +64,13 @@ def evaluate_task_model(lm: LanguageModel, files: Sequence[str], asked: Asked, *
 
 
 def evaluation_name(files: Sequence[str], limit_rows: int | None) -> str:
-    """The folder of an evaluation in its run: that of the run's own test rows is `evaluation`, others lie beside it."""
-    parts = [Path(file).name.split(".")[0] for file in files] + ([f"{limit_rows}-rows"] if limit_rows else [])
-    return "-".join(["evaluation", *parts])[:100]
+    """The folder of an evaluation in its run: that of the run's own test rows is `evaluation`, others lie beside it,
+    those of files of one name apart."""
+    parts = ["evaluation"]
+    if files:
+        full = "\n".join(_full(files)).encode()
+        parts += [Path(files[0]).name.split(".")[0], hashlib.sha256(full).hexdigest()[:6]]
+    return "-".join([*parts, f"{limit_rows}-rows"] if limit_rows else parts)
 
 
 def _answer_rows(lm: LanguageModel, files: Sequence[str], asked: Asked, *, as_json: bool) -> None:
@@ -144,11 +150,6 @@ def measured_model(lm: LanguageModel, files: Sequence[str], asked: Asked) -> Tas
     if asked.against is not None:
         report.facts["against"] = [_against(lm, report, asked.against, language)]
     return report
-
-
-def too_long_of(lm: LanguageModel) -> Any:
-    """What the model's run did with records that are longer than a row."""
-    return lm.facts.get("data", {}).get("too_long", "cut-right")
 
 
 def _say_notes(parts: Parts) -> None:

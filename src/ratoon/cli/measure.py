@@ -33,6 +33,11 @@ def of_task(name: str) -> bool:
     return (folder / MANIFEST).is_file() and isinstance(read_manifest(folder).facts.get("task"), dict)
 
 
+def too_long_of(lm: LanguageModel) -> Any:
+    """What the model's run did with records that are longer than a row."""
+    return lm.facts.get("data", {}).get("too_long", "cut-right")
+
+
 def measure_run(run: Run, task: Task[Any], parts: Parts, *, language: str, talk: Talk) -> dict[str, Any]:
     """Measure the run's model, as it was saved, on its test records; returns the figures."""
     from ratoon.evaluate.task import evaluate_task
@@ -43,7 +48,7 @@ def measure_run(run: Run, task: Task[Any], parts: Parts, *, language: str, talk:
     lm = load(str(run.folder), dtype=dtype)
     began = time.perf_counter()
     report = evaluate_task(
-        lm, task, parts.test, language=language, too_long=lm.facts.get("data", {}).get("too_long", "cut-right"),
+        lm, task, parts.test, language=language, too_long=too_long_of(lm),
         seen_places=parts.seen_test_places, progress=progress("records"),
     )  # fmt: skip
     report.facts |= {"model": run.name, "seconds": time.perf_counter() - began, "dtype": dtype}

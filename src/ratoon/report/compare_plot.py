@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ratoon.report.compare_records import Lane
-from ratoon.report.plots import INKS, number_label, picture
+from ratoon.report.plots import INKS, number_label, on_ground, picture
 
 WIDE, NARROW = (1000, 400), (345, 460)
 ROOM = (48, 24, 30, 18)
@@ -97,13 +97,7 @@ def by_parameters(lanes: Sequence[Lane], *, wide: bool) -> str:
 def _axes(axes: Any, across: tuple[float, float], up: tuple[float, float], width: int) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-    axes.set_facecolor("none")
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, which="both", pad=7, labelcolor=SOFT)
+    on_ground(axes)
     axes.set_xscale("log")
     decades = math.log10(across[1] / across[0])
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0), numticks=width // 60))

@@ -154,16 +154,21 @@ def picture(
     return _for_page(buffer.getvalue(), key)
 
 
-def _axes(axes: Any, frame: Frame) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
-
+def on_ground(axes: Any, pad: int = 7) -> None:
+    """The look of all pictures: a ground line, faint levels, ticks without marks, `pad` from their numbers."""
     axes.set_facecolor("none")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(INKS["faint"])
     axes.grid(axis="y", color=INKS["faint"], linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0, pad=7, labelcolor=INKS["ink-soft"])
+    axes.tick_params(length=0, which="both", pad=pad, labelcolor=INKS["ink-soft"])
+
+
+def _axes(axes: Any, frame: Frame) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+    on_ground(axes)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=max(4, frame.width // 95), integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if frame.log:

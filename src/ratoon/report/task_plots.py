@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ratoon.report.plots import INKS, Floats, number_label, picture
+from ratoon.report.plots import INKS, Floats, number_label, on_ground, picture
 from ratoon.report.task_records import CurvePoint
 
 SQUARE = (440, 320)
@@ -94,16 +94,10 @@ def strength(points: Sequence[CurvePoint], between: tuple[float, float], key: st
 
 
 def _plain(axes: Any, wide: int = SQUARE[0]) -> None:
-    """The look of all pictures: a ground line, faint levels, few ticks without marks."""
+    """The look of all pictures, with few ticks."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axes.set_facecolor("none")
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, which="both", pad=6, labelcolor=SOFT)
+    on_ground(axes, pad=6)
     for axis, ticks in ((axes.xaxis, max(3, wide // 80)), (axes.yaxis, 5)):
         axis.set_major_locator(MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10]))
         axis.set_major_formatter(FuncFormatter(number_label))

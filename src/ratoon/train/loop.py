@@ -590,6 +590,6 @@ class _Session:
         """Give the model its float32 masters, and frozen parameters as they came."""
         for name, parameter in self.model.named_parameters():
             own = name in self.weights.slots
-            parameter.data = self.weights.value(name).clone() if own else self.frozen[name].to(self.place.device)
+            parameter.data = self.weights.copied(name) if own else self.frozen[name].to(self.place.device)
             parameter.grad = None
         self.model.eval()

@@ -71,29 +71,30 @@ class Optimizer:
         """One update by the summed gradient times `factor`, which is then forgotten; `share` is the schedule's share
         of the peak learning rates."""
         self.step_number += 1
+        lying = bool(self.weights.pending())
         for group in (DECAYED, PLAIN):
             start, stop = self.weights.bounds[group]
             if start < stop:
-                self._adamw(group, start, stop, share, factor)
+                self._adamw(group, start, stop, share, factor, lying)
         if self.by_shape:
             self._muon(share, factor)
         self.weights.drop()
 
-    def _adamw(self, group: str, start: int, stop: int, share: float, factor: float) -> None:
+    def _adamw(self, group: str, start: int, stop: int, share: float, factor: float, lying: bool) -> None:
+        """One group; `lying`: the gradient was not collected, but lies where backward put it."""
         settings, weights = self.settings, self.weights
         rate = settings.learning_rate * share
         decay = settings.weight_decay if group == DECAYED else 0.0
         work = weights.work[start:stop]
         if update.usable(work) and work.dtype in (torch.bfloat16, torch.float32):
-            parts = weights.pending(start, stop)
             update.adamw(
                 weight=weights.master[start:stop] if weights.rest is None else None,
-                gradient=None if weights.pending() else weights.summed[start:stop],
+                gradient=None if lying else weights.summed[start:stop],
                 mean=self.mean[group],
                 square=self.square[group],
                 low=work if work.dtype == torch.bfloat16 else None,
                 rest=None if weights.rest is None else weights.rest[start:stop],
-                parts=parts,
+                parts=weights.pending(start, stop) if lying else (),
                 rate=rate,
                 beta1=settings.beta1,
                 beta2=settings.beta2,

@@ -162,6 +162,11 @@ class FlatWeights:
             return self.view(self.master, name)
         return update.join(self.view(self.work, name), self.view(self.rest, name))
 
+    def copied(self, name: str) -> Tensor:
+        """The float32 value of a parameter, as a tensor of its own."""
+        value = self.value(name)
+        return value if self.rest is not None else value.clone()
+
     def release(self) -> dict[str, Tensor]:
         """The float32 value of each parameter by name."""
         return {name: self.value(name) for name in self.slots}
