@@ -120,13 +120,14 @@ def test_causal_is_half() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_bytes_of_a_run(precision: str, optimizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_bytes_of_a_run(precision: str, optimizer: str, moments: str, tmp_path: Path) -> None:
     """A checkpoint has the size that was said, and the loop's buffers have it too."""
     from ratoon.train.device import World
     from ratoon.train.loop import Hooks, _Session
 
     run = little.new_run(tmp_path / "run")
-    settings = little.settings(precision=precision, optimizer=optimizer)
+    settings = little.settings(precision=precision, optimizer=optimizer, moments=moments)
     model = little.model(width=64, mlp_width=128)
     cfg = model.cfg
     by_muon = hidden_matrices(cfg) if optimizer == "muon" else 0
@@ -136,7 +137,7 @@ def test_bytes_of_a_run(precision: str, optimizer: str, tmp_path: Path) -> None:
         split = weights.rest is not None
         said = bytes_needed(
             cfg, rows=8, context_tokens=16, weight_bytes=2 if precision == "bf16" else 4, by_muon=by_muon,
-            split=split, summed=not split,
+            split=split, summed=not split, moment_bytes=settings.moment_bytes,
         )  # fmt: skip
         assert said.weights == weights.work.nbytes
         separate = precision == "bf16"
@@ -147,9 +148,12 @@ def test_bytes_of_a_run(precision: str, optimizer: str, tmp_path: Path) -> None:
         assert said.total == said.weights + said.masters + said.gradients + said.optimizer + said.activations
     finally:
         session.finish()
-    little.go(little.model(width=64, mlp_width=128), run=run, steps=1, precision=precision, optimizer=optimizer)
+    changes = {"precision": precision, "optimizer": optimizer, "moments": moments}
+    little.go(little.model(width=64, mlp_width=128), run=run, steps=1, **changes)
     written = sum(file.stat().st_size for file in next(run.checkpoints.glob("step-*")).glob("*.safetensors"))
-    assert written == pytest.approx(checkpoint_bytes(cfg, by_muon=by_muon), rel=0.05)
+    assert written == pytest.approx(
+        checkpoint_bytes(cfg, by_muon=by_muon, moment_bytes=settings.moment_bytes), rel=0.05
+    )
 
 
 def test_counting_needs_no_torch() -> None:

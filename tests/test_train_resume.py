@@ -20,6 +20,7 @@ STEPS = 9
 CASES = {
     "adamw float32": {"optimizer": "adamw", "precision": "float32"},
     "adamw bf16": {"optimizer": "adamw", "precision": "bf16"},
+    "moments in bfloat16": {"optimizer": "adamw", "precision": "bf16", "moments": "bfloat16"},
     "muon float32": {"optimizer": "muon", "precision": "float32"},
     "muon bf16": {"optimizer": "muon", "precision": "bf16"},
     "muon autocast-fp16": {"optimizer": "muon", "precision": "autocast-fp16"},

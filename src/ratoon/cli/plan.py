@@ -236,6 +236,7 @@ def _memory(cfg: ModelConfig, settings: TrainSettings, by_muon: int) -> dict[str
         keeps_scores=place.device.type == "cpu" and settings.context_tokens <= PLAIN_LIMIT_TOKENS,
         split=split,
         summed=not split or rows < settings.rows,
+        moment_bytes=settings.moment_bytes,
     )
     return {
         "micro_batch_rows": rows,
@@ -255,7 +256,7 @@ def _disk(cfg: ModelConfig, settings: TrainSettings, by_muon: int) -> dict[str, 
 
     from ratoon.model.count import MASTER_BYTES, checkpoint_bytes, parameters
 
-    each = checkpoint_bytes(cfg, by_muon=by_muon)
+    each = checkpoint_bytes(cfg, by_muon=by_muon, moment_bytes=settings.moment_bytes)
     # Those kept, the best one besides, and the one that is being written.
     most = settings.keep_checkpoints + 2
     model = parameters(cfg) * MASTER_BYTES

@@ -11,7 +11,7 @@ from ratoon.model.config import ModelConfig
 
 MASTER_BYTES = 4
 """Master weights and the step's summed gradient are float32."""
-ADAMW_BYTES, MUON_BYTES = 8, 4
+MUON_BYTES = 4
 """Optimizer state of a parameter: AdamW's mean and mean square, Muon's momentum."""
 
 
@@ -82,6 +82,7 @@ def bytes_needed(
     keeps_scores: bool = True,
     split: bool = False,
     summed: bool = True,
+    moment_bytes: int = 4,
 ) -> Memory:
     """Memory of training with micro-batches of `rows` x `context_tokens`.
 
@@ -89,7 +90,7 @@ def bytes_needed(
     number that flows; `trained`: parameters that are trained (absent: all), `by_muon` of them by Muon and the rest by
     AdamW; `recompute`: gradient checkpointing; `keeps_scores`: attention keeps its probabilities (plain products do,
     flash kernels do not); `split`: of the masters only what the computing weights lack is kept; `summed`: gradients of
-    micro-batches are summed in float32.
+    micro-batches are summed in float32; `moment_bytes`: of each of AdamW's two moments.
     """
     everything = parameters(cfg)
     trained = everything if trained is None else trained
@@ -98,7 +99,7 @@ def bytes_needed(
         weights=everything * weight_bytes,
         masters=trained * (MASTER_BYTES - weight_bytes if split else MASTER_BYTES) if separate else 0,
         gradients=trained * (weight_bytes + MASTER_BYTES * summed if separate else MASTER_BYTES),
-        optimizer=(trained - by_muon) * ADAMW_BYTES + by_muon * MUON_BYTES,
+        optimizer=(trained - by_muon) * 2 * moment_bytes + by_muon * MUON_BYTES,
         activations=kept_activations(
             cfg, rows * context_tokens, context_tokens, activation_bytes, recompute, keeps_scores
         ),
@@ -126,11 +127,11 @@ def kept_activations(
     return kept + tokens * cfg.width * 8
 
 
-def checkpoint_bytes(cfg: ModelConfig, *, trained: int | None = None, by_muon: int = 0) -> int:
+def checkpoint_bytes(cfg: ModelConfig, *, trained: int | None = None, by_muon: int = 0, moment_bytes: int = 4) -> int:
     """A checkpoint on the disk: float32 weights of all parameters, and the optimizer's state of the trained ones."""
     everything = parameters(cfg)
     trained = everything if trained is None else trained
-    return everything * MASTER_BYTES + (trained - by_muon) * ADAMW_BYTES + by_muon * MUON_BYTES
+    return everything * MASTER_BYTES + (trained - by_muon) * 2 * moment_bytes + by_muon * MUON_BYTES
 
 
 def _tables(cfg: ModelConfig) -> int:

@@ -131,6 +131,8 @@ class TunePlan:
             settle("steps", steps, f"{epochs:g} epochs of {rows_an_epoch:,} rows")
         settle("seed", recipe.seed, "the recipe's seed")
         settle("optimizer", "muon" if new else "adamw", "new weights" if new else "fine-tuning")
+        if kind == "full" and not new:
+            settle("moments", "bfloat16", f"method {kind}: half the memory of AdamW's state")
         rate = FROM_NOTHING if new else LEARNING_RATES.get(kind, 5e-4)
         settle("learning_rate", rate, "new weights" if new else f"method {kind}")
         settle("schedule", "wsd" if new else "cosine", "new weights" if new else "fine-tuning")

@@ -181,7 +181,7 @@ def fit_rows(
         return min(rows, settings.micro_batch_rows)
     cfgs = [cfg] if isinstance(cfg, ModelConfig) else cfg
     budget = free_bytes(place.device) * MEMORY_SHARE
-    optimizer = trained * (20 if place.work != torch.float32 else 16)
+    optimizer = trained * ((12 if place.work != torch.float32 else 8) + 2 * settings.moment_bytes)
     micro = rows
     while place.device.type == "cpu" and micro > 1 and micro * settings.context_tokens > CPU_MICRO_BATCH_TOKENS:
         micro = (micro + 1) // 2

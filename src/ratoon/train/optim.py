@@ -53,8 +53,9 @@ class Optimizer:
         self.square: dict[str, Tensor] = {}
         for group in (DECAYED, PLAIN):
             start, stop = weights.bounds[group]
-            self.mean[group] = self._zeros(stop - start)
-            self.square[group] = self._zeros(stop - start)
+            moments = torch.bfloat16 if settings.moments == "bfloat16" else torch.float32
+            self.mean[group] = self._zeros(stop - start, moments)
+            self.square[group] = self._zeros(stop - start, moments)
         start, stop = weights.bounds[MATRIX]
         self.momentum = self._zeros(stop - start)
         # Matrices of one shape are orthogonalized together; experts are stacks of matrices already.
@@ -63,8 +64,8 @@ class Optimizer:
             if start <= slot.start < stop:
                 self.by_shape[(slot.shape[-2], slot.shape[-1])].append(name)
 
-    def _zeros(self, count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.float32, device=self.weights.work.device)
+    def _zeros(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(count, dtype=dtype, device=self.weights.work.device)
 
     @torch.no_grad()
     def step(self, share: float, factor: float = 1.0) -> None:
@@ -106,11 +107,26 @@ class Optimizer:
             return
         gradient, master = weights.summed[start:stop], weights.master[start:stop]
         gradient *= factor
+        mean, square = self.mean[group], self.square[group]
+        if mean.dtype == torch.float32:
+            self._adamw_by_torch(master, gradient, mean, square, rate, decay)
+        else:
+            # Places count from the beginning of the group: what is rounded by chance is rounded as the C code does.
+            wide_mean, wide_square = mean.float(), square.float()
+            self._adamw_by_torch(master, gradient, wide_mean, wide_square, rate, decay)
+            update.narrow_moments(wide_mean, wide_square, mean, square, step=int(self.step_number))
+        gradient.zero_()
+        weights.publish(start, stop)
+
+    def _adamw_by_torch(
+        self, master: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, rate: float, decay: float
+    ) -> None:
+        settings = self.settings
         torch._fused_adamw_(
             [master],
             [gradient],
-            [self.mean[group]],
-            [self.square[group]],
+            [mean],
+            [square],
             [],
             [self.step_number.to(master.device)],
             lr=rate,
@@ -123,8 +139,6 @@ class Optimizer:
             grad_scale=None,
             found_inf=None,
         )
-        gradient.zero_()
-        weights.publish(start, stop)
 
     def _muon(self, share: float, factor: float) -> None:
         settings, weights = self.settings, self.weights

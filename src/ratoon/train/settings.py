@@ -40,6 +40,9 @@ class TrainSettings(Settings):
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW: decay of the mean square")
     epsilon: float = Field(1e-8, gt=0, description="AdamW: added to the root of the mean square")
+    moments: Literal["float32", "bfloat16"] = Field(
+        "float32", description="AdamW's mean and mean square; bfloat16: half their memory, rounded by chance, not down"
+    )
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum; read with optimizer: muon")
     clip_norm: float | None = Field(1.0, gt=0, description="gradient norm above which it is scaled down; absent: never")
 
@@ -79,6 +82,11 @@ class TrainSettings(Settings):
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} leaves nothing of {self.steps} steps")
         return self
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of each of AdamW's two moments, for a parameter."""
+        return 2 if self.moments == "bfloat16" else 4
 
     def without_effect(self) -> list[str]:
         """A sentence for each setting that was changed and that nothing reads beside the others."""

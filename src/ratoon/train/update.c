@@ -1,7 +1,8 @@
 /* What a step does to flat vectors of weights, each in one pass: adding up gradients, their norm, AdamW.
  *
  * The same arithmetic as the torch calls in weights.py and optim.py, which stand where there is no compiler. What is
- * summed is summed in blocks of a fixed size, so that no result depends on the number of threads.
+ * summed is summed in blocks of a fixed size, and what is rounded by chance takes its chance from its place and the
+ * step, so that no result depends on the number of threads.
  */
 #include <math.h>
 #include <stdint.h>
@@ -126,9 +127,45 @@ void ratoon_join(const uint16_t *high, const int16_t *rest, int64_t n, float *va
     for (int64_t i = 0; i < n; i++) value[i] = join(high[i], rest[i]);
 }
 
+/* 32 bits that look random, of a number's place and the step (Wellons' "lowbias32" mixing). */
+static inline uint32_t chance(uint32_t place, uint32_t step) {
+    uint32_t x = place * 0x9e3779b1u + step * 0x85ebca77u;
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15) * 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+/* Round up or down, each as likely as the number lies near to it: on average nothing is lost. `odds`: 16 bits. */
+static inline uint16_t narrow_by_chance(float value, uint32_t odds) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    const uint32_t rounded = (bits + odds) >> 16, nan = bits >> 16 | 64;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
+}
+
+/* mean and square, the numbers from place `from` on, as bfloat16. */
+static void narrow_moments(const float *restrict mean, const float *restrict square, int64_t from, int64_t n,
+                           uint32_t step, uint16_t *restrict low_mean, uint16_t *restrict low_square) {
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t odds = chance((uint32_t)(from + i), step);
+        low_mean[i] = narrow_by_chance(mean[i], odds & 0xffff);
+        low_square[i] = narrow_by_chance(square[i], odds >> 16);
+    }
+}
+
+void ratoon_narrow_moments(const float *mean, const float *square, int64_t n, int64_t step, uint16_t *low_mean,
+                           uint16_t *low_square) {
+    narrow_moments(mean, square, 0, n, (uint32_t)step, low_mean, low_square);
+}
+
+static void widen_all(const uint16_t *restrict low, int64_t n, float *restrict value) {
+    for (int64_t i = 0; i < n; i++) value[i] = widen(low[i]);
+}
+
 typedef struct {
     int64_t n, threads;
     float *weight, *gradient, *mean, *square;
+    uint16_t *low_mean, *low_square; /* without `mean` and `square`: both in bfloat16, rounded by chance */
     uint16_t *low;  /* the weights as the model computes with them, or absent */
     int16_t *rest;  /* without `weight`: what `low` lacks of the float32 weights */
     const Parts *parts; /* without `gradient`: where it lies */
@@ -162,8 +199,8 @@ void ratoon_adamw(const AdamW *s) {
 #pragma omp parallel for schedule(static) num_threads((int)smaller(s->threads, blocks ? blocks : 1))
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t from = block * BLOCK, n = smaller(from + BLOCK, s->n) - from;
-        float joined[BLOCK], wide[BLOCK];
-        float *w = joined, *g = wide;
+        float joined[BLOCK], wide[BLOCK], mean[BLOCK], square[BLOCK];
+        float *w = joined, *g = wide, *m = mean, *v = square;
         uint16_t *low = s->low ? s->low + from : NULL;
         if (s->weight) w = s->weight + from;
         else ratoon_join(low, s->rest + from, n, joined);
@@ -173,7 +210,16 @@ void ratoon_adamw(const AdamW *s) {
             memset(wide, 0, sizeof(float) * (size_t)n);
             add_parts(s->parts, from, from + n, wide);
         }
-        adamw(&numbers, n, w, g, s->mean + from, s->square + from);
+        if (s->mean) {
+            m = s->mean + from;
+            v = s->square + from;
+        } else {
+            widen_all(s->low_mean + from, n, mean);
+            widen_all(s->low_square + from, n, square);
+        }
+        adamw(&numbers, n, w, g, m, v);
+        if (!s->mean)
+            narrow_moments(m, v, from, n, (uint32_t)s->step, s->low_mean + from, s->low_square + from);
         if (s->gradient) memset(g, 0, sizeof(float) * (size_t)n);
         if (!s->weight) ratoon_split(joined, n, low, s->rest + from);
         else if (low) ratoon_narrow(w, n, low);

@@ -18,7 +18,8 @@ from torch import Tensor
 from ratoon.model.native import Unavailable, library
 
 _NUMBERS = ("rate", "beta1", "beta2", "epsilon", "decay", "step", "factor")
-_TENSORS = ("weight", "gradient", "mean", "square", "low", "rest")
+_TENSORS = ("weight", "gradient", "mean", "square", "low_mean", "low_square", "low", "rest")
+_32_BITS = 0xFFFFFFFF
 
 Parts = Sequence[tuple[int, Tensor]]
 """bfloat16 gradients and where each begins in the flat vector; the places ascend."""
@@ -115,6 +116,36 @@ def join(high: Tensor, rest: Tensor) -> Tensor:
     return value
 
 
+def narrow_moments(mean: Tensor, square: Tensor, low_mean: Tensor, low_square: Tensor, *, step: int) -> None:
+    """Round float32 moments into bfloat16, up or down by chance, each as likely as the number lies near to it: on
+    average nothing is lost, where rounding to the nearest would lose every change below 1/512.
+
+    The chance is that of a number's place and of `step`: the same in all processes, and again on resuming.
+    """
+    if usable(mean) and mean.is_contiguous() and square.is_contiguous():
+        code = _code()
+        assert code is not None and low_mean.is_contiguous() and low_square.is_contiguous()
+        from_, to = (
+            [ctypes.c_void_p(one.data_ptr()) for one in pair] for pair in ((mean, square), (low_mean, low_square))
+        )
+        code.ratoon_narrow_moments(*from_, ctypes.c_int64(mean.numel()), ctypes.c_int64(step), *to)
+        return
+    narrow_moments_by_torch(mean, square, low_mean, low_square, step=step)
+
+
+def narrow_moments_by_torch(mean: Tensor, square: Tensor, low_mean: Tensor, low_square: Tensor, *, step: int) -> None:
+    """The same, bit for bit, where there is no compiler, and on a GPU."""
+    x = torch.arange(mean.numel(), dtype=torch.int64, device=mean.device)
+    x = (x * 0x9E3779B1 + step * 0x85EBCA77) & _32_BITS
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _32_BITS
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _32_BITS
+    x = x ^ (x >> 16)
+    for value, low, odds in ((mean, low_mean, x & 0xFFFF), (square, low_square, x >> 16)):
+        bits = (value.view(torch.int32).to(torch.int64) & _32_BITS) + odds
+        rounded = (((bits >> 16) & 0xFFFF) << 16).to(torch.int32).view(torch.float32)
+        low.copy_(torch.where(value.isnan(), value, rounded))
+
+
 def adamw(
     *,
     mean: Tensor,
@@ -128,12 +159,16 @@ def adamw(
 ) -> None:
     """One step of AdamW on `gradient` · factor, which is 0 afterwards; `low` (bfloat16) gets the rounded weights.
 
+    Both moments are float32, or both bfloat16, rounded as `narrow_moments` does.
     Without `weight` the weights are `low` and `rest` (see `split`); without `gradient` it is that of the parts.
     """
     code = _code()
     assert code is not None and numbers.keys() == set(_NUMBERS)
     lying, kept = _lying(parts)
-    tensors = {"weight": weight, "gradient": gradient, "mean": mean, "square": square, "low": low, "rest": rest}
+    assert mean.dtype == square.dtype
+    lower = "low_" if mean.dtype == torch.bfloat16 else ""
+    moments = {f"{lower}mean": mean, f"{lower}square": square}
+    tensors = {"weight": weight, "gradient": gradient, "low": low, "rest": rest, **moments}
     call = _AdamW(n=mean.numel(), threads=torch.get_num_threads(), parts=ctypes.addressof(lying), **numbers)
     for name, tensor in tensors.items():
         setattr(call, name, None if tensor is None else tensor.data_ptr())
