@@ -14,7 +14,7 @@ import pytest
 from made_evaluations import HOSTILE
 from ratoon.report import compare_phrases, task_phrases
 from ratoon.report.compare_page import render_comparison, write_compare_page
-from ratoon.report.compare_plot import _names, by_parameters
+from ratoon.report.compare_plot import APART, _apart, _Box, _names, by_parameters
 from ratoon.report.compare_records import Comparison, Lane, Note
 from ratoon.report.phrases import PHRASES as SHARED
 from ratoon.report.task_records import Difference, Figure
@@ -155,6 +155,23 @@ def test_a_run_whose_size_is_not_known_is_not_drawn() -> None:
     drawn = by_parameters([lane("a-x", None, 0.5), lane("a-y", 10, 0.5), lane("a-z", 10, 0.4)], wide=True)
     assert ">y<" in drawn and ">z<" in drawn and ">x<" not in drawn
     assert "<svg" in by_parameters([lane("alone", 10, 0.5)], wide=False), "one point has axes, too"
+
+
+def test_runs_of_one_size_stand_side_by_side() -> None:
+    inside = _Box(0, 1000, 0, 1)
+    assert _apart([100.0, 500.0], inside) == [100, 500]
+    assert _apart([500.0, 500.0, 500.0], inside) == [500 - APART, 500, 500 + APART]
+    found = _apart([500.0, 100.0, 501.0, 500 + 1.2 * APART, 500.0], inside)
+    assert found[1] == 100 and sorted(found)[1:] == [found[0], found[4], found[2], found[3]]
+    assert min(b - a for a, b in zip(sorted(found), sorted(found)[1:], strict=False)) >= APART - 1e-9
+
+
+def test_no_tick_stands_where_no_score_can_be() -> None:
+    drawn = by_parameters([lane("a", 10, 0.985), lane("b", 100, 0.95)], wide=True)
+    ticks = [float(one) for one in re.findall(r">([01]\.\d+)<", drawn)]
+    assert ticks and max(ticks) <= 1 and min(ticks) < 0.96
+    drawn = by_parameters([lane("a", 10, 17.4)], wide=True)
+    assert any(float(one) > 17 for one in re.findall(r">(\d+\.\d+)<", drawn)), "a score of another kind has its ticks"
 
 
 def test_names_leave_out_what_they_share_and_keep_their_ends() -> None:

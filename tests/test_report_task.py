@@ -296,7 +296,10 @@ def test_a_model_that_does_not_beat_its_best_floor_says_so() -> None:
     assert judged(0.5, 0.7, higher=False)[0] == "good" and judged(0.7, 0.5, higher=False)[0] == "bad"
     kind, said = judged(0.9, 0.89, paired={"difference": 0.01, "interval": [-0.02, 0.03], "p_value": 0.4})
     assert kind == "warn" and "NOT surely" in said and "−0.0200 to +0.0300" in said
+    kind, said = judged(0.89, 0.9, paired={"difference": -0.01, "interval": [-0.03, 0.02], "p_value": 0.4})
+    assert kind == "warn" and "NOT surely" in said
     assert judged(0.9, 0.8, paired={"difference": 0.1, "interval": [0.05, 0.2], "p_value": 0.01})[0] == "good"
+    assert judged(0.8, 0.9, paired={"difference": -0.1, "interval": [-0.2, -0.05], "p_value": 0.01})[0] == "bad"
 
 
 def test_the_bad_verdict_stands_at_the_top_of_page_and_below_the_tables(tmp_path: Path) -> None:

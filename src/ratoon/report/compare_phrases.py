@@ -38,8 +38,9 @@ PHRASES: dict[str, tuple[str, str]] = {
     "h_runs": ("Score and cost", "得分与代价"),
     "h_plot": ("Score by trained parameters", "得分与训练的参数"),
     "plot_note": (
-        "The score of each run with its 95 % interval; the trained parameters stand on a logarithmic axis.",
-        "各次运行的得分与 95 % 区间；训练的参数为对数坐标。",
+        "The score of each run with its 95 % interval; the trained parameters stand on a logarithmic axis, runs of "
+        "one size side by side.",
+        "各次运行的得分与 95 % 区间；训练的参数为对数坐标，参数量相同的运行并排画出。",
     ),
     "picture_compare": (
         "Scores of {n} runs by trained parameters: best {best}, last {last}.",

@@ -22,7 +22,8 @@ LETTERS, NARROW_LETTERS = 26, 15
 """Of a name that stand beside its point."""
 FONT, LINE = 12.0, 15.0
 """Size of the names and height of their line, in units of the view box."""
-DOT = 6.0
+DOT, APART = 6.0, 14.0
+"""Radius of a point, and how far apart points of one size stand."""
 ROUNDS = 6
 """Times that every name looks for a better place, the others standing."""
 TRAIN, HELD, SOFT, FAINT, PAPER = (INKS[name] for name in ("train", "held-out", "ink-soft", "faint", "paper"))
@@ -75,13 +76,15 @@ def by_parameters(lanes: Sequence[Lane], *, wide: bool) -> str:
     def up(value: float) -> float:
         return inside.low + (value - low + room) / (high - low + 2 * room) * (inside.high - inside.low)
 
-    points = [(across(one), up(value)) for one, value in zip(x, y, strict=True)]
+    beside = _apart([across(one) for one in x], inside)
+    points = [(at, up(value)) for at, value in zip(beside, y, strict=True)]
+    x = [10 ** (left + (at - inside.left) / (inside.right - inside.left) * (right - left)) for at in beside]
     bars = [_Box(at - 2, at + 2, up(end[0]), up(end[1])) for (at, _), end in zip(points, ends, strict=True)]
     names = _names([lane.name for lane in drawn], LETTERS if wide else NARROW_LETTERS)
     places = _placed(names, points, bars, _Box(2, width - 2, 2, height - 2))
 
     def paint(axes: Any) -> None:
-        _axes(axes, (10**left, 10**right), (low - room, high + room), width)
+        _axes(axes, (10**left, 10**right), (low - room, high + room), width, most=1.0 if high <= 1 else None)
         for number, lane in enumerate(drawn):
             ink = TRAIN if number else HELD
             if lane.score.interval is not None:
@@ -94,8 +97,31 @@ def by_parameters(lanes: Sequence[Lane], *, wide: bool) -> str:
     return picture(width, height, paint, key=f"runs-{'wide' if wide else 'narrow'}", room=ROOM)
 
 
-def _axes(axes: Any, across: tuple[float, float], up: tuple[float, float], width: int) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+def _apart(places: Sequence[float], inside: _Box) -> list[float]:
+    """Places on the axis of which no two are nearer than a point is wide: those that are stand in a row around their
+    middle, in their order."""
+    rows: list[list[int]] = []
+    middles: list[float] = []
+    for number in sorted(range(len(places)), key=lambda number: places[number]):
+        rows.append([number])
+        middles.append(places[number])
+        while len(rows) > 1 and middles[-1] - middles[-2] < APART * (len(rows[-1]) + len(rows[-2])) / 2:
+            first, second = rows[-2:]
+            rows[-2:] = [first + second]
+            middles[-2:] = [(len(first) * middles[-2] + len(second) * middles[-1]) / len(rows[-1])]
+    found = [0.0] * len(places)
+    for row, middle in zip(rows, middles, strict=True):
+        for place, number in enumerate(row):
+            at = middle + APART * (place - (len(row) - 1) / 2)
+            found[number] = min(max(at, inside.left), inside.right)
+    return found
+
+
+def _axes(
+    axes: Any, across: tuple[float, float], up: tuple[float, float], width: int, *, most: float | None = None
+) -> None:
+    """Scales, ticks and limits; no tick of the score above `most`, which no score can pass."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     on_ground(axes)
     axes.set_xscale("log")
@@ -103,7 +129,8 @@ def _axes(axes: Any, across: tuple[float, float], up: tuple[float, float], width
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0), numticks=width // 60))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    ticks = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]).tick_values(*up)
+    axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if most is None or tick <= most + 1e-9]))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(number_label))
     axes.set_xlim(*across)

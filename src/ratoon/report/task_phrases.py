@@ -519,7 +519,7 @@ def verdict(evaluation: Evaluation, language: Language) -> tuple[str, str] | Non
     assert theirs is not None
     ahead = best.main.rank > main.rank
     sure = None if best.paired is None else best.paired.certain
-    kind, key = ("good", "beats") if ahead and sure is not False else ("warn", "unsure") if ahead else ("bad", "loses")
+    kind, key = ("warn", "unsure") if sure is False else ("good", "beats") if ahead else ("bad", "loses")
     time = (
         "" if best.seconds is None else phrase("loses_seconds", language).format(time=duration(best.seconds, language))
     )
