@@ -164,6 +164,12 @@ def test_a_text_longer_than_a_row_is_refused_or_cut_and_counted(
     assert "too long: cut on the right" in capsys.readouterr().err
     recipe["data"] |= {"most_lost_fraction": 0.01}
     assert "of the data would be lost" in error(recipe | {"name": "other"}, rows).found
+    said = capsys.readouterr().err
+    assert "too long: cut on the right" in said, "what is refused for its losses says them first"
+    refused = json.loads(Path("runs/other/ledger.json").read_text(encoding="utf-8"))["parts"]["train"]
+    assert refused["rows"]["cut"] == 1 and refused["tokens"]["cut"] == 200 - 96
+    page = Path("runs/other/report.html").read_text(encoding="utf-8")
+    assert "cut on the right" in page and "of the data would be lost" in page
 
 
 def test_a_long_sentence_is_split_between_words_and_answered_whole(place: Path) -> None:

@@ -92,9 +92,11 @@ def read_material(
     leading: int = 0,
     rows: Parts | None = None,
     most_tokens: int | None = None,
+    book: Callable[[Parts], None] = lambda parts: None,
 ) -> Material:
     """Read, split, check and encode the recipe's rows; everything is booked and said. With `most_tokens`, the model's
-    context, the test rows are looked at as well: what cannot be measured is found out before anything is trained.
+    context, the test rows are looked at as well: what cannot be measured is found out before anything is trained. `book`
+    gets what was booked, also where it is then refused.
 
     Raises `DataError` for rows that do not fit, when too much would be lost, and when nothing would be learned.
     """
@@ -125,12 +127,13 @@ def read_material(
     if most_tokens is not None:
         most = most_tokens - leading
         parts.test = measurable(task, parts.test, tokenizer, parts.ledgers["test"], room_tokens=most, **told)
-    ledger.refuse_if_all_masked()
-    ledger.refuse_if_lost(settings.most_lost_fraction)
     for name, one in parts.ledgers.items():
         if one.rows_read:
             for sentence in booked(one):
                 talk(f"{name}: {sentence}")
+    book(parts)
+    ledger.refuse_if_all_masked()
+    ledger.refuse_if_lost(settings.most_lost_fraction)
     return Material(task, parts, train, validation)
 
 
@@ -206,7 +209,7 @@ class _Job(Job):
         assert lm.tokenizer is not None
         method = self._adapter(lm, method, parents)
         material = read_material(recipe, lm.tokenizer, self.talk, leading=method.virtual_tokens, rows=rows,
-                                 most_tokens=lm.context_tokens)  # fmt: skip
+                                 most_tokens=lm.context_tokens, book=self._book)  # fmt: skip
         method.read_text(lm.tokenizer.encode)
         self._install(lm, material.task, method)
         loader, settings = self._loader(material, method)
@@ -340,6 +343,14 @@ class _Job(Job):
         loader.rows = settings.rows
         return loader, settings
 
+    def _book(self, parts: Parts) -> None:
+        """Write down what became of each row, also of a run that is refused for it."""
+        from ratoon.store.atomic import write_json
+
+        if self.world.first:
+            ledgers = {name: ledger.as_dict() for name, ledger in parts.ledgers.items()}
+            write_json(self.run.folder / "ledger.json", {"parts": ledgers, "leaks": parts.leaks.as_dict()})
+
     def _announce(
         self, lm: LanguageModel, material: Material, method: Method, loader: ExampleLoader, settings: TrainSettings
     ) -> None:
@@ -347,7 +358,7 @@ class _Job(Job):
         import yaml
 
         from ratoon.adapt.contract import trained
-        from ratoon.store.atomic import write_json, write_text
+        from ratoon.store.atomic import write_text
 
         if not self.world.first:
             return
@@ -364,9 +375,6 @@ class _Job(Job):
         write_text(
             self.run.recipe_path, yaml.safe_dump(self.plan.as_dict(settings), sort_keys=False, allow_unicode=True)
         )
-        ledgers = {name: ledger.as_dict() for name, ledger in material.parts.ledgers.items()}
-        leaks = material.parts.leaks.as_dict()
-        write_json(self.run.folder / "ledger.json", {"parts": ledgers, "leaks": leaks})
         self.state(
             derived=[{"key": one.key, "value": one.value, "reason": one.reason} for one in self.derived],
             model={"parameters": total, "trained": learns, "family": model.cfg.family, "layers": model.cfg.layers,
