@@ -95,8 +95,8 @@ def read_material(
     book: Callable[[Parts], None] = lambda parts: None,
 ) -> Material:
     """Read, split, check and encode the recipe's rows; everything is booked and said. With `most_tokens`, the model's
-    context, the test rows are looked at as well: what cannot be measured is found out before anything is trained. `book`
-    gets what was booked, also where it is then refused.
+    context, the test rows are looked at as well: what cannot be measured is found out before anything is trained.
+    `book` gets what was booked, also where it is then refused.
 
     Raises `DataError` for rows that do not fit, when too much would be lost, and when nothing would be learned.
     """
