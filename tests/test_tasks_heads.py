@@ -316,17 +316,18 @@ ESSAYS = [{"text": f"essay {score}", "score": score} for score in (2, 8, 12, 5)]
 def test_numbers_there_and_back(smollm2: Tokenizer) -> None:
     task, records, sentences = settled({"kind": "scoring"}, ESSAYS)
     assert sentences == ["numbers in steps of 1, 2 to 12"]
+    mean, spread = 6.75, float(np.std([2, 8, 12, 5]))
     for record in records:
         (example,) = task.encode(record, smollm2, room_tokens=ROOM, too_long="refuse").examples
-        assert example.vector is not None and example.vector[0] == pytest.approx((record.score - 2) / 10)
+        assert example.vector is not None and example.vector[0] == pytest.approx((record.score - mean) / spread)
         assert example.weight[-1] == 1 == sum(example.weight)
         assert task.read_scores(record, np.array(example.vector)) == record.score
-    for score, read in ((-0.4, 2), (1.7, 12), (0.149, 3), (0.151, 4), (0.25, 5)):
-        assert task.read_scores(records[0], np.array([score])) == read
+    for number, read in ((-2.0, 2), (19.0, 12), (3.49, 3), (3.51, 4), (4.5, 5)):
+        assert task.read_scores(records[0], np.array([(number - mean) / spread])) == read
     any_size, records, _ = settled({"kind": "scoring", "low": 0, "high": 20, "step": 0}, ESSAYS)
-    assert any_size.read_scores(records[0], np.array([0.1234])) == pytest.approx(2.468)
+    assert any_size.read_scores(records[0], np.array([-1.0])) == pytest.approx(mean - spread)
     half, records, _ = settled({"kind": "scoring", "step": 0.5}, ESSAYS)
-    assert half.read_scores(records[0], np.array([0.474])) == 6.5
+    assert half.read_scores(records[0], np.array([(6.7 - mean) / spread])) == 6.5
     with pytest.raises(DataError, match="outside of 3 to 12"):
         settled({"kind": "scoring", "low": 3}, ESSAYS)
     with pytest.raises(DataError, match="no number"):
@@ -335,6 +336,26 @@ def test_numbers_there_and_back(smollm2: Tokenizer) -> None:
         settled({"kind": "scoring"}, ESSAYS[:1])
     with pytest.raises(ConfigError, match="below"):
         task_of({"kind": "scoring", "low": 5, "high": 5})
+
+
+def test_numbers_of_pairs_there_and_back(smollm2: Tokenizer) -> None:
+    rows = [{"sentence1": f"one {n}", "sentence2": "two", "score": n} for n in (0.5, 3.0, 4.5)]
+    task, records, _ = settled({"kind": "pair-scoring", "low": 0, "high": 5}, rows)
+    again = restored(task.facts())
+    for record in records:
+        (example,) = task.encode(record, smollm2, room_tokens=ROOM, too_long="refuse").examples
+        assert example.vector is not None and abs(example.vector[0]) < 2 and example.weight[-1] == 1
+        assert again.read_scores(record, np.array(example.vector)) == pytest.approx(record.score)
+    assert (
+        again.read_scores(records[0], np.array([99.0])) == 5 and again.read_scores(records[0], np.array([-99.0])) == 0
+    )
+
+
+def test_a_group_of_one_number_has_a_scale(smollm2: Tokenizer) -> None:
+    rows = [{**row, "set": "all"} for row in ESSAYS] + [{"text": "alone", "score": 7, "set": "one"}]
+    task, records, _ = settled({"kind": "scoring", "group": "set", "low": 0, "high": 20}, rows)
+    (example,) = task.encode(records[-1], smollm2, room_tokens=ROOM, too_long="refuse").examples
+    assert example.vector == (0.0,) and task.read_scores(records[-1], np.array([0.4])) == 7
 
 
 def test_essays_of_several_scales(smollm2: Tokenizer, shared_data: Path) -> None:
@@ -359,7 +380,7 @@ def test_two_texts_have_one_number(smollm2: Tokenizer) -> None:
     rows = [{"sentence1": "a cat sat", "sentence2": "a cat", "score": s} for s in (0.0, 2.5, 5.0)]
     task, records, _ = settled({"kind": "pair-scoring"}, rows)
     (example,) = task.encode(records[1], smollm2, room_tokens=ROOM, too_long="refuse").examples
-    assert example.vector == (0.5,) and smollm2.decode(list(example.ids)) == "a cat sat\na cat"
+    assert example.vector == (0.0,) and smollm2.decode(list(example.ids)) == "a cat sat\na cat"
     cut = task.encode(records[1], smollm2, room_tokens=5, too_long="cut-right")
     adds_up(cut, 5)
     assert smollm2.decode(list(cut.examples[0].ids)) == "a cat\na cat"

@@ -56,7 +56,8 @@ def _init(model: Transformer, seed: int, part: int) -> None:
 
 @torch.no_grad()
 def add_head(model: Transformer, head: HeadConfig, seed: int) -> None:
-    """Put a new task head onto a model, with first values from the stream `head` of `seed`.
+    """Put a new task head onto a model, with first values from the stream `head` of `seed`; one that says a number
+    begins with 0, which stands for the mean of the numbers.
 
     A head that stands there already, or one that scores tokens, is taken away.
     """
@@ -65,7 +66,7 @@ def add_head(model: Transformer, head: HeadConfig, seed: int) -> None:
     model.head = None
     model.task_head = TaskHead(model.cfg).to(weight.device, weight.dtype)
     for name, parameter in model.task_head.named_parameters():
-        if name == "score.weight":
+        if name == "score.weight" and head.problem != "number":
             _normal(parameter, model.cfg.init_std, seed, 0, "task_head.score.weight")
         else:
             parameter.zero_()

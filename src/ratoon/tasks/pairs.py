@@ -129,7 +129,6 @@ class PairScoring(Scoring):
 
     def encode(self, record: Scored, tokenizer: Tokenizer, *, room_tokens: int, too_long: TooLong) -> Encoded:
         """Both texts' tokens, the number asked at the last one. Too long: the longer text is shortened."""
-        low, high = self._range(record)
         values = dict(zip(("first", "second"), record.text.split("\n"), strict=True))
         ids, whole, cut, reason = pair_ids(
             self.settings.template, values, tokenizer, room_tokens, too_long, record.place
@@ -137,8 +136,7 @@ class PairScoring(Scoring):
         if not ids:
             return Encoded([], whole, whole, reason)
         weight = [0.0] * (len(ids) - 1) + [1.0]
-        vector = ((record.score - low) / (high - low),)
-        return Encoded([Example(ids, weight, record.id, [0] * len(ids), vector)], whole, cut, reason)
+        return Encoded([Example(ids, weight, record.id, [0] * len(ids), self.target(record))], whole, cut, reason)
 
 
 def pair_ids(

@@ -1,12 +1,14 @@
 """Scoring: a text is given a number, as essays and short answers are.
 
-Decides between which numbers (those told, or those of the training rows), how they are scaled to 0 … 1 for training and
-back, and to which step an answer is rounded. A number for two texts is `pairs.py`'s.
+Decides between which numbers (those told, or those of the training rows), how they are scaled for training (less their
+mean, by their standard deviation) and back, and to which step an answer is rounded. A number for two texts is
+`pairs.py`'s.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,6 +64,9 @@ class Scoring(Task[Scored]):
     settings: ScoringSettings
     settings_type = ScoringSettings
     ranges: Mapping[str, tuple[float, float]] = {}
+    spreads: Mapping[str, tuple[float, float]] = {}
+    """Mean and standard deviation of the training rows' numbers, of each group: a head that begins near 0 begins there,
+    and what it is wrong by has the same size whatever the numbers are."""
     step: float = 0.0
 
     def record(self, row: Mapping[str, Any], place: str) -> Scored:
@@ -110,6 +115,9 @@ class Scoring(Task[Scored]):
                     expected="at least two different numbers",
                     fix="say task.low and task.high, or look at the field that holds the number (task.fields)",
                 )
+        self.spreads = {
+            group: (statistics.fmean(found), statistics.pstdev(found) or 1.0) for group, found in by_group.items()
+        }
         for record in training:
             self.check(record)
         of = [f"{name + ': ' if name else ''}{least:g} to {most:g}" for name, (least, most) in self.ranges.items()]
@@ -144,13 +152,15 @@ class Scoring(Task[Scored]):
         return (*ranges.pop(), self.step)
 
     def facts(self) -> dict[str, Any]:
-        """The settings, the lowest and highest numbers, and the step."""
+        """The settings, the lowest and highest numbers, their means and deviations, and the step."""
         ranges = {group: list(found) for group, found in self.ranges.items()}
-        return {**super().facts(), "ranges": ranges, "step": self.step}
+        spreads = {group: list(found) for group, found in sorted(self.spreads.items())}
+        return {**super().facts(), "ranges": ranges, "spreads": spreads, "step": self.step}
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Take numbers and step back."""
         self.ranges = {group: (float(low), float(high)) for group, (low, high) in facts["ranges"].items()}
+        self.spreads = {group: (float(mean), float(spread)) for group, (mean, spread) in facts["spreads"].items()}
         self.step = float(facts["step"])
 
     def text(self, record: Scored) -> str:
@@ -170,18 +180,24 @@ class Scoring(Task[Scored]):
         return Head("sequence", ("score",), "number")
 
     def encode(self, record: Scored, tokenizer: Tokenizer, *, room_tokens: int, too_long: TooLong) -> Encoded:
-        """The text's tokens; the number, scaled to 0 … 1, is asked at the last one."""
+        """The text's tokens; the number, less the mean and by the deviation, is asked at the last one."""
         ids = tokenizer.encode_prompt(record.text)
         kept, cut, reason = shorten(ids, room_tokens, too_long, record.place)
-        low, high = self._range(record)
-        vector = ((record.score - low) / (high - low),)
         weight = [0.0] * (len(kept) - 1) + [1.0]
-        return Encoded([Example(kept, weight, record.id, [0] * len(kept), vector)], len(ids), cut, reason)
+        example = Example(kept, weight, record.id, [0] * len(kept), self.target(record))
+        return Encoded([example], len(ids), cut, reason)
+
+    def target(self, record: Scored) -> tuple[float]:
+        """What the head is to say: the number less its group's mean, by its deviation."""
+        self._range(record)
+        mean, spread = self.spreads[record.group]
+        return ((record.score - mean) / spread,)
 
     def read_scores(self, record: Scored, scores: Any) -> float:
-        """The number that a score of 0 … 1 stands for, within its range and rounded to the step."""
+        """The number that a score stands for, within its range and rounded to the step."""
         low, high = self._range(record)
-        found = low + min(1.0, max(0.0, float(scores[0]))) * (high - low)
+        mean, spread = self.spreads[record.group]
+        found = min(high, max(low, mean + spread * float(scores[0])))
         if self.step:
             found = min(high, low + math.floor((found - low) / self.step + 0.5) * self.step)
         return found
