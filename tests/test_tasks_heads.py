@@ -338,6 +338,20 @@ def test_numbers_there_and_back(smollm2: Tokenizer) -> None:
         task_of({"kind": "scoring", "low": 5, "high": 5})
 
 
+def test_a_template_says_how_long_the_text_is() -> None:
+    table = {
+        "kind": "scoring",
+        "template": "{text} ({words} words, {characters} characters)",
+        "fields": {"text": "essay"},
+    }
+    rows = [{"essay": "an  essay of\nfive words", "score": 1}, {"essay": "短文", "score": 2}]
+    task, records, _ = settled(table, rows)
+    assert records[0].text == "an  essay of\nfive words (5 words, 18 characters)"
+    assert records[1].text == "短文 (1 words, 2 characters)"
+    own = task.record({"essay": "a b", "score": 1, "words": "many"}, "rows:3")
+    assert own.text == "a b (many words, 2 characters)", "a row's own field comes first"
+
+
 def test_numbers_of_pairs_there_and_back(smollm2: Tokenizer) -> None:
     rows = [{"sentence1": f"one {n}", "sentence2": "two", "score": n} for n in (0.5, 3.0, 4.5)]
     task, records, _ = settled({"kind": "pair-scoring", "low": 0, "high": 5}, rows)

@@ -7,7 +7,7 @@ learned at the text's last token. Pairs of sentences are `pairs.py`'s, numbers `
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -27,7 +27,7 @@ class ClassificationSettings(TaskSettings):
     """How a text's label is found."""
 
     labels: tuple[str, ...] = Field((), description="the labels, in their order; absent: those of the training rows")
-    template: str = Field("{text}", description="what is read; fields of the row in braces")
+    template: str = Field("{text}", description="what is read; fields of the row in braces, {words}: how many it has")
     label_names: dict[str, str] = Field({}, description="other names for the labels as they stand in the file")
     separator: str = Field("|", description="multi-label: what stands between labels in one field of text")
 
@@ -193,10 +193,21 @@ class MultiLabel(_Labelled[LabelledText]):
         return tuple(label for label, score in zip(self.labels, scores, strict=True) if score > 0)
 
 
+COUNTED: Mapping[str, Callable[[str], int]] = {
+    "words": lambda text: len(text.split()),
+    "characters": lambda text: sum(not character.isspace() for character in text),
+}
+
+
 def fill(template: str, fields: Mapping[str, str], row: Mapping[str, Any], place: str) -> str:
-    """The template with the row's fields: `{text}` is recognised, others by their names; lists are joined."""
+    """The template with the row's fields: `{text}` is recognised, others by their names; lists are joined. Where a row
+    has no field `words` or `characters`, they are how many the text has (a model does not see how long what it reads
+    is)."""
     values = {}
     for name in names_in(template):
+        if name in COUNTED and name not in fields and name not in row:
+            values[name] = str(COUNTED[name](as_text(pick(row, TEXT, fields, place))))
+            continue
         values[name] = as_text(pick(row, TEXT if name == "text" else Named(name, (name, f"{name}s")), fields, place))
     return filled(template, values)
 

@@ -27,7 +27,10 @@ SCORE = Named("score", ("score", "number", "rating", "label", "domain1_score", "
 class ScoringSettings(TaskSettings):
     """Which numbers there are."""
 
-    template: str = Field("{text}", description="what is read: {text} is recognised, other fields by their names")
+    template: str = Field(
+        "{text}",
+        description="what is read: {text} is recognised, other fields by their names; {words}: how many words it has",
+    )
     low: float | None = Field(None, description="the lowest number; absent: that of the training rows")
     high: float | None = Field(None, description="the highest number; absent: that of the training rows")
     step: float | None = Field(
