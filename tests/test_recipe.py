@@ -225,6 +225,13 @@ def test_few_examples_make_smaller_steps(epochs: float, examples: int, rows: int
     assert any(one.key == "train.rows" and f"about {rows} examples a step" in one.reason for one in derived)
 
 
+def test_new_weights_have_larger_steps() -> None:
+    settings, _ = settle_tuning(load_tuning("translate-en-zh-encdec")).train_settings(
+        rows_an_epoch=1_000, examples=28_000
+    )
+    assert (settings.rows, settings.steps) == (5, 2_400)  # 128 pairs, 28 a row; 12 epochs
+
+
 @pytest.mark.parametrize(
     ("verb_of", "name", "words"),
     [(load, TUNING[0], "ratoon finetune"), (load_tuning, PRETRAINING[0], "ratoon pretrain")],

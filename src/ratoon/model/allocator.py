@@ -20,6 +20,9 @@ _MMAP_THRESHOLDS_BYTES = (2**31 - 1, 32 * 1024 * 1024)  # glibc before 2.35 refu
 _NEVER_TRIM = -1  # becomes the largest size there is
 _TOP_PAD_BYTES = 64 * 1024 * 1024  # the heap grows in steps of this, so it grows seldom
 
+_GROWTH = 1.25
+"""Memory that was taken above what a step needs is given back at so many times that."""
+
 _done: str | None = None
 
 
@@ -43,6 +46,30 @@ def release_freed() -> None:
     if sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+
+
+class Kept:
+    """Sees to it that what the allocator keeps stays near to what a step needs.
+
+    Blocks of many sizes that come and go leave holes which no later block fits, so that the process grows for hundreds
+    of steps while it uses no more than in the first: training all parameters of a small model went from 2 GiB to 5.
+    """
+
+    def __init__(self) -> None:
+        self.needed: int | None = None
+        self.times = 0
+        self._just_given = False
+
+    def step(self, held_bytes: int) -> None:
+        """Look at the memory held behind a step; all that is free is given back where it has grown. The step that
+        follows says anew what is needed: the most that was seen so."""
+        if self.needed is None or self._just_given:
+            self.needed = max(self.needed or 0, held_bytes)
+            self._just_given = False
+        elif held_bytes > _GROWTH * self.needed:
+            release_freed()
+            self.times += 1
+            self._just_given = True
 
 
 def _tune() -> str:

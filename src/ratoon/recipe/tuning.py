@@ -22,6 +22,8 @@ from ratoon.train.settings import NoiseSettings, TrainSettings
 
 EXAMPLES_A_STEP, FEWEST_EXAMPLES_A_STEP, WANTED_STEPS = 32, 8, 200
 """A step has so many examples; fewer, where the run would otherwise have fewer steps than wanted."""
+EXAMPLES_FROM_NOTHING = 128
+"""The same for new weights: on pairs of sentences they learn more of the same epochs than with 32, in half the time."""
 
 LEARNING_RATES = {"full": 5e-5, "lora": 5e-4, "adalora": 1e-3, "ia3": 5e-3, "houlsby": 5e-4, "pfeiffer": 5e-4,
                   "prefix": 5e-3, "prompt": 3e-2}  # fmt: skip
@@ -121,7 +123,7 @@ class TunePlan:
         kind = str(recipe.method.get("kind", "full"))
         each = examples / rows_an_epoch
         epochs = recipe.epochs if recipe.epochs is not None else 3
-        at_once = EXAMPLES_A_STEP
+        at_once = EXAMPLES_FROM_NOTHING if new else EXAMPLES_A_STEP
         if table.get("steps") is None and table.get("budget_minutes") is None:
             at_once = min(at_once, max(FEWEST_EXAMPLES_A_STEP, round(epochs * examples / WANTED_STEPS)))
         rows = max(1, round(at_once / each))

@@ -21,7 +21,7 @@ from ratoon.adapt.contract import Method, Moment
 from ratoon.base.errors import ArtifactError, ConfigError, NumericError
 from ratoon.base.seeds import derive
 from ratoon.data.batch import Batch
-from ratoon.model.allocator import release_freed, tune_allocator
+from ratoon.model.allocator import Kept, release_freed, tune_allocator
 from ratoon.model.encoder_decoder import AnyModel
 from ratoon.model.transformer import Transformer
 from ratoon.store.artifact import Parent
@@ -355,6 +355,7 @@ class _Session:
         settings = self.settings
         self.model.train()
         window_began, window_tokens = time.perf_counter(), 0
+        kept = Kept()
         first, spent_to = self.step, time.perf_counter()
         while (progress := self.progress()) < 1:
             paused = time.perf_counter()
@@ -368,6 +369,8 @@ class _Session:
                 self.spent_seconds += now - before
             self.step += 1
             window_tokens += int(positions)
+            if self.place.device.type == "cpu":
+                kept.step(memory_bytes(self.place.device))
             if self.step % settings.log_every_steps == 0 or self.step == 1:
                 self.record(
                     "train",
