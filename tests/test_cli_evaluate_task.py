@@ -204,7 +204,8 @@ def test_a_perturbed_text_is_graded_on_the_scale_of_its_own_group(
     found = measured(capsys, "tuned", "--robust", "--perturb", "case", "--strengths", "1")
     (curve,) = found["robust"]["curves"]
     assert curve["points"][0]["score"]["value"] == pytest.approx(found["values"][0]["value"])
-    assert curve["points"][1]["score"]["value"] > 0.9, "groups lie 50 apart, whatever the text"
+    # Ranks in which the groups alone are right correlate by 3/4; on one scale for both, not at all.
+    assert curve["points"][1]["score"]["value"] > 0.7, "groups lie 50 apart, whatever the text"
 
 
 @pytest.mark.parametrize("kind", ["generation", "preference"])

@@ -36,6 +36,7 @@ TOGGLED: dict[str, dict[str, Any]] = {
     "beta1": {"beta1": 0.8},
     "beta2": {"beta2": 0.9},
     "epsilon": {"epsilon": 1e-3},
+    "moments": {"moments": "bfloat16"},
     "momentum": {"momentum": 0.5},
     "clip_norm": {"clip_norm": 0.01},
     "schedule": {"schedule": "cosine"},
@@ -151,7 +152,7 @@ def test_a_setting_has_an_effect_or_is_said_to_have_none(world: str, name: str) 
 
 COMPUTES = {
     "steps", "budget_minutes", "rows", "context_tokens", "optimizer", "learning_rate", "matrix_learning_rate",
-    "weight_decay", "beta1", "beta2", "epsilon", "momentum", "clip_norm", "schedule", "warmup_steps",
+    "weight_decay", "beta1", "beta2", "epsilon", "moments", "momentum", "clip_norm", "schedule", "warmup_steps",
     "decay_fraction", "final_fraction", "precision",
 }  # fmt: skip
 
