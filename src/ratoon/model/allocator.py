@@ -57,7 +57,6 @@ class Kept:
 
     def __init__(self) -> None:
         self.needed: int | None = None
-        self.times = 0
         self._just_given = False
 
     def step(self, held_bytes: int) -> None:
@@ -68,7 +67,6 @@ class Kept:
             self._just_given = False
         elif held_bytes > _GROWTH * self.needed:
             release_freed()
-            self.times += 1
             self._just_given = True
 
 

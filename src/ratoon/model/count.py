@@ -12,7 +12,7 @@ from ratoon.model.config import ModelConfig
 MASTER_BYTES = 4
 """Master weights and the step's summed gradient are float32."""
 MUON_BYTES = 4
-"""Optimizer state of a parameter: AdamW's mean and mean square, Muon's momentum."""
+"""Optimizer state of a parameter: Muon's momentum. AdamW's are two moments of `moment_bytes` each."""
 
 
 def parameters(cfg: ModelConfig) -> int:

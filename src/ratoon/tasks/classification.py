@@ -27,7 +27,9 @@ class ClassificationSettings(TaskSettings):
     """How a text's label is found."""
 
     labels: tuple[str, ...] = Field((), description="the labels, in their order; absent: those of the training rows")
-    template: str = Field("{text}", description="what is read; fields of the row in braces, {words}: how many it has")
+    template: str = Field(
+        "{text}", description="what is read; fields of the row in braces; {words}, {characters}: their number"
+    )
     label_names: dict[str, str] = Field({}, description="other names for the labels as they stand in the file")
     separator: str = Field("|", description="multi-label: what stands between labels in one field of text")
 
