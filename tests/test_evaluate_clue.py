@@ -137,7 +137,7 @@ def test_official_files_are_measured_and_answered(official: Path, capsys: pytest
     assert ratoon(["evaluate", "--suite", "clue", "--data", "clue", "--models", "afqmc=mine", "--json"]) == 0
     said = capsys.readouterr()
     (part,) = json.loads(said.out)["parts"]
-    assert part["part"] == "AFQMC" and part["n"] == 10 and part["test"] == {"n": 10, "file": "afqmc_predict.json"}
+    assert part["part"] == "AFQMC" and part["n"] == 10 and part["tests"] == [{"n": 10, "file": "afqmc_predict.json"}]
     written = lines(Path("runs/clue/afqmc_predict.json").read_text(encoding="utf-8"))
     assert [one["id"] for one in written] == list(range(50, 60))
     dev = lines(Path("runs/clue/dev_afqmc_predict.json").read_text(encoding="utf-8"))
@@ -172,6 +172,18 @@ def test_what_the_suite_refuses(
 ) -> None:
     assert ratoon(["evaluate", "--suite", "clue", *words]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_two_test_files_have_two_submissions(tmp_path: Path) -> None:
+    """TNEWS and WSC have the tests of both versions of the suite; the others one."""
+    for name in ("tnews_public/test.json", "tnews_public/test1.0.json.gz", "cluewsc2020/test1.0.json", "csl/test.json"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("", encoding="utf-8")
+    names = {part.name: {file: path.name for file, path in part.tests(tmp_path).items()} for part in PARTS}
+    assert names["TNEWS"] == {"tnews10_predict.json": "test1.0.json.gz", "tnews11_predict.json": "test.json"}
+    assert names["WSC"] == {"cluewsc10_predict.json": "test1.0.json"}
+    assert names["CSL"] == {"csl_predict.json": "test.json"} and names["AFQMC"] == {}
 
 
 def test_the_files_of_the_shared_layout_are_found(shared_data: Path) -> None:

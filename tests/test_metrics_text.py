@@ -178,6 +178,10 @@ def test_answers_by_hand() -> None:
 
 
 def test_records_without_an_answer_want_nothing() -> None:
+    bare = answers([[], []], ["The.", "the no"])
+    assert bare.per_record["f1"] == bare.per_record["exact_match"] == [1.0, 0.0], (
+        "nothing to compare is left of the first"
+    )
     found = answers([[], [], ["x"]], ["", "no", "x"])
     assert found.per_record["f1"] == [1.0, 0.0, 1.0] and found.values[0].note is not None
     assert found.values[0].note.startswith("2 of 3 records have no answer")

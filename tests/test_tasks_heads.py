@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -519,3 +520,41 @@ def test_lines_of_a_recipe_are_kept(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lowest") as caught:
         task_of(read_yaml(path)["task"], where=path)
     assert str(caught.value.where).endswith("recipe.yaml:4")
+
+
+# -- a tag for each word -----------------------------------------------------------------------------------------------
+
+TAGGED = [{"id": "t1", "words": ["a", "b", "c", "d"], "tags": ["B-PER", "I-PER", "O", "B-LOC"]}]
+
+
+def may_stand(tags: tuple[str, ...]) -> bool:
+    """IOB2, told by the definition: I-X has B-X or I-X before it."""
+    return all(
+        not tag.startswith("I-") or before in (f"B-{tag[2:]}", f"I-{tag[2:]}")
+        for before, tag in zip(("O", *tags), tags, strict=False)
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tags_are_the_likeliest_row_that_may_stand(seed: int) -> None:
+    labels = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+    task, records, _ = settled({"kind": "tagging", "labels": labels}, TAGGED)
+    assert list(task.labels) == labels  # type: ignore[attr-defined]
+    scores = np.random.default_rng(seed).normal(size=(4, 5)).astype(np.float32)
+    rows = [row for row in itertools.product(labels, repeat=4) if may_stand(row)]
+    best = max(rows, key=lambda row: sum(scores[word, labels.index(tag)] for word, tag in enumerate(row)))
+    assert task.read_scores(records[0], scores) == best
+
+
+def test_tags_one_by_one_where_that_is_asked_or_nothing_is_known() -> None:
+    scores = np.array([[0.0, 1, 2], [0, 1, 2], [3, 0, 0], [0, 1, 2]])
+    words = TAGGED[0]["words"]
+    for settings, labels, tags in (
+        ({"transitions": "any"}, ["O", "B-PER", "I-PER"], ("I-PER", "I-PER", "O", "I-PER")),
+        ({"scheme": "as-is"}, ["O", "B-PER", "I-PER"], ("I-PER", "I-PER", "O", "I-PER")),
+        ({}, ["O", "B-PER", "I-PER"], ("B-PER", "I-PER", "O", "B-PER")),
+        ({}, ["O", "B-LOC", "I-PER"], ("I-PER", "I-PER", "O", "I-PER")),
+    ):
+        rows = [{"words": words, "tags": ["O"] * 4}]
+        task, records, _ = settled({"kind": "tagging", "labels": labels, **settings}, rows)
+        assert task.read_scores(records[0], scores) == tags, (settings, labels)

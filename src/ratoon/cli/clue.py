@@ -51,13 +51,13 @@ def run_suite(
     folder, here = out or DEFAULT_OUT, {run.name for run in Run.all()}
     found: list[dict[str, Any]] = []
     for part in wanted:
-        files = part.files(data) if data is not None else {}
-        if data is not None and not files.keys() & {"dev", "test"}:
+        files, tests = (part.files(data), part.tests(data)) if data is not None else ({}, {})
+        if data is not None and "dev" not in files and not tests:
             talk(f"{part.name}: {data} holds neither dev.json nor test.json in {' or '.join(part.folders)}")
         elif part.name in told or part.recipe in here:
             talk(f"{part.name}: {part.what}")
             run = told.get(part.name, part.recipe)
-            found.append(_measured(part, run, files, folder, limit_rows, dtype, device))
+            found.append(_measured(part, run, files, tests, folder, limit_rows, dtype, device))
         else:
             talk(f"{part.name}: there is no run '{part.recipe}'; `{_command(part, files)}` makes it")
     if not found:
@@ -106,6 +106,7 @@ def _measured(
     part: Part,
     run: str,
     files: dict[str, Path],
+    tests: dict[str, Path],
     folder: Path,
     limit_rows: int | None,
     dtype: str | None,
@@ -121,16 +122,16 @@ def _measured(
     lm = load_model(run, dtype or fast_dtype(), device)
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"part": part.name, "run": run}
-    if not files or "dev" in files:
+    if "dev" in files or not tests:
         report = measured_model(lm, [str(files["dev"])] if files else [], Asked(limit_rows=limit_rows))
         values = [one.as_dict() for one in report.measured.values]
-        file = f"dev_{part.file}" if "test" in files else part.file
+        file = f"dev_{part.file}" if tests else part.file
         write_text(folder / file, submission(part, report.predictions))
         found |= {"n": len(report.predictions), "file": file, "main": values[0], "values": values}
-    if "test" in files:
-        predictions = answered_rows(lm, [str(files["test"])], limit_rows)
-        write_text(folder / part.file, submission(part, predictions))
-        found["test"] = {"n": len(predictions), "file": part.file}
+    for file, path in tests.items():
+        predictions = answered_rows(lm, [str(path)], limit_rows)
+        write_text(folder / file, submission(part, predictions))
+        found.setdefault("tests", []).append({"n": len(predictions), "file": file})
     return found
 
 
@@ -139,11 +140,13 @@ def _show(found: list[dict[str, Any]]) -> None:
 
     rows: list[tuple[str, ...]] = [("part", "measure", "value", "95 %", "n", "predictions")]
     for one in found:
-        main, files = one.get("main"), [each["file"] for each in (one.get("test", one), one) if "file" in each]
+        main, tests = one.get("main"), one.get("tests", [])
+        files = ", ".join(each["file"] for each in tests or [one])
         if main is None:
-            rows.append((one["part"], "answers not told", "", "", f"{one['test']['n']:,}", files[0]))
+            counts = " + ".join(f"{each['n']:,}" for each in tests)
+            rows.append((one["part"], "answers not told", "", "", counts, files))
             continue
         value = "undefined" if main["value"] is None else f"{main['value']:.4f}"
         interval = "" if main["interval"] is None else f"{main['interval'][0]:.4f} to {main['interval'][1]:.4f}"
-        rows.append((one["part"], main["name"], value, interval, f"{one['n']:,}", files[0]))
+        rows.append((one["part"], main["name"], value, interval, f"{one['n']:,}", files))
     answer("\n".join(aligned(rows, left=2)))

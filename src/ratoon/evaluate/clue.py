@@ -1,7 +1,7 @@
 """CLUE: which parts the suite has, and their predictions as its site takes them.
 
-Decides the parts' names, recipes, files and submission formats (Xu et al., arXiv:2004.05986; layout and formats are
-those of the CLUE benchmark's baselines). What is measured is the tasks' own.
+Decides the parts' names, recipes, files and submission formats (Xu et al., arXiv:2004.05986; layout, names and formats
+as in the CLUE benchmark's public baselines). What is measured is the tasks' own.
 """
 
 from __future__ import annotations
@@ -28,39 +28,46 @@ ROLES = {
     "train": ("train.json", "train.50k.json", "train.10k.json", "cmrc2018_train.json", "trial.json",
               "cmrc2018_trial.json"),
     "dev": ("dev.json", "cmrc2018_dev.json"),
-    "test": ("test.json", "test1.0.json", "cmrc2018_test_2k.json"),
 }  # fmt: skip
-"""How a part's files are called, the first that is there is taken; each may also end in .gz."""
+"""How a part's files with answers are called, the first that is there is taken; each may also end in .gz."""
 
 
 @dataclass(frozen=True)
 class Part:
     """A part of the suite: the recipe that ships for it (a run of that name is looked for), the file of its
-    submission, and how its folder is called."""
+    submission, how its folder is called, and its test files with what the site calls their answers, where these are not
+    `test.json` and `file`."""
 
     name: str
     recipe: str
     file: str
     what: str
     folders: tuple[str, ...]
+    named_tests: tuple[tuple[str, str], ...] = ()
 
     def files(self, folder: Path) -> dict[str, Path]:
-        """The files of the part below the suite's `folder` by role (train, dev, test), as far as they are there."""
-        found: dict[str, Path] = {}
-        for role, names in ROLES.items():
-            places = (folder / own / (name + end) for own in self.folders for name in names for end in ("", ".gz"))
-            path = next(filter(Path.is_file, places), None)
-            if path is not None:
-                found[role] = path
-        return found
+        """The files with answers below the suite's `folder` by role (train, dev), as far as they are there."""
+        found = {role: self._first(folder, names) for role, names in ROLES.items()}
+        return {role: path for role, path in found.items() if path is not None}
+
+    def tests(self, folder: Path) -> dict[str, Path]:
+        """The test files below the suite's `folder` by the name of their submission, as far as they are there."""
+        found = {file: self._first(folder, [name]) for name, file in self.named_tests or (("test.json", self.file),)}
+        return {file: path for file, path in found.items() if path is not None}
+
+    def _first(self, folder: Path, names: Sequence[str]) -> Path | None:
+        places = (folder / own / (name + end) for own in self.folders for name in names for end in ("", ".gz"))
+        return next(filter(Path.is_file, places), None)
 
 
 PARTS = (
-    Part("TNEWS", "clue-tnews", "tnews_predict.json", "topics of news titles", ("tnews_public", "tnews")),
+    Part("TNEWS", "clue-tnews", "tnews_predict.json", "topics of news titles", ("tnews_public", "tnews"),
+         (("test1.0.json", "tnews10_predict.json"), ("test.json", "tnews11_predict.json"))),
     Part("AFQMC", "clue-afqmc", "afqmc_predict.json", "whether two questions ask the same", ("afqmc_public", "afqmc")),
     Part("CSL", "clue-csl", "csl_predict.json", "whether keywords belong to an abstract", ("csl_public", "csl")),
     Part("WSC", "clue-wsc", "cluewsc_predict.json", "what a pronoun stands for",
-         ("cluewsc2020_public", "cluewsc2020", "wsc_public")),
+         ("cluewsc2020_public", "cluewsc2020", "wsc_public"),
+         (("test1.0.json", "cluewsc10_predict.json"), ("test.json", "cluewsc11_predict.json"))),
     Part("OCNLI", "clue-ocnli", "ocnli_50k_predict.json", "what follows from a sentence", ("ocnli_public", "ocnli")),
     Part("CMNLI", "clue-cmnli", "cmnli_predict.json", "the same, translated", ("cmnli_public", "cmnli")),
     Part("CMRC2018", "cmrc-zh", "cmrc2018_predict.json", "questions whose answer stands in a text",

@@ -1,7 +1,8 @@
 """Tagging: every word has a tag, as named entities are marked (B-PER I-PER O).
 
-Decides how tags are read (IOB1 files become IOB2, said), how a sentence becomes tokens, and that the tag is learned at
-a word's last token: a causal model has read the whole word there.
+Decides how tags are read (IOB1 files become IOB2, said), how a sentence becomes tokens, that the tag is learned at a
+word's last token (a causal model has read the whole word there), and that an answer is the likeliest row of tags in
+which no entity goes on that has not begun.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -17,6 +18,10 @@ from ratoon.base.errors import ConfigError, DataError
 from ratoon.tasks.contract import Encoded, Head, Named, Record, Task, TaskSettings, TooLong, pick, too_long
 from ratoon.tasks.example import Example
 from ratoon.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 WORDS = Named("words", ("words", "tokens"))
 TAGS = Named("tags", ("tags", "ner_tags", "ner", "labels"))
@@ -38,6 +43,10 @@ class TaggingSettings(TaskSettings):
         "sentence", description="document: neighbouring sentences of a document are read together, as far as a row goes"
     )
     learn: Literal["last", "first"] = Field("last", description="which token of a word its tag is asked at")
+    transitions: Literal["valid", "any"] = Field(
+        "valid",
+        description="valid: the likeliest row of tags where I-X follows B-X or I-X (scheme iob2); any: each word's own",
+    )
 
 
 @dataclass(frozen=True)
@@ -190,9 +199,48 @@ class Tagging(Task[Sentence]):
         return Example(ids, weight, record.id, targets=targets)
 
     def read_scores(self, record: Sentence, scores: Any) -> tuple[str, ...]:
-        """The tag of the highest score of each word (words, labels)."""
+        """The tags of the highest sum of scores (words, labels) in which I-X stands behind B-X or I-X alone; or of each
+        word's highest score, as `transitions` has it."""
         assert len(scores) == len(record.words), "a row of scores for each word"
-        return tuple(self.labels[int(best)] for best in scores.argmax(-1))
+        if self.settings.transitions == "any" or self.settings.scheme != "iob2":
+            best = scores.argmax(-1)
+        else:
+            best = likeliest(scores, *transitions(self.labels))
+        return tuple(self.labels[int(label)] for label in best)
+
+
+def transitions(labels: Sequence[str]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which labels (L,) may begin a text, and which (from, to) (L, L) may follow each other in IOB2: I-X behind B-X
+    or I-X alone. An I-X without a B-X among the labels may stand anywhere."""
+    import numpy as np
+
+    begins_L = np.array([not (label.startswith("I-") and f"B-{label[2:]}" in labels) for label in labels])
+    follows_LL = np.tile(begins_L, (len(labels), 1))
+    for to, label in enumerate(labels):
+        if not begins_L[to]:
+            for before in ("B", "I"):
+                follows_LL[labels.index(f"{before}-{label[2:]}"), to] = True
+    return begins_L, follows_LL
+
+
+def likeliest(
+    scores_WL: npt.NDArray[np.floating], begins_L: npt.NDArray[np.bool_], follows_LL: npt.NDArray[np.bool_]
+) -> list[int]:
+    """The labels of a row of words whose scores have the highest sum among those that may follow each other
+    (Viterbi 1967, with transitions of weight 0 or -inf)."""
+    import numpy as np
+
+    barred_LL = np.where(follows_LL, 0.0, -np.inf)
+    sums_L = scores_WL[0].astype(np.float64) + np.where(begins_L, 0.0, -np.inf)
+    came_from: list[npt.NDArray[np.intp]] = []
+    for scores_L in scores_WL[1:]:
+        paths_LL = sums_L[:, None] + barred_LL
+        came_from.append(paths_LL.argmax(0))
+        sums_L = paths_LL.max(0) + scores_L
+    best = [int(sums_L.argmax())]
+    for back_L in reversed(came_from):
+        best.append(int(back_L[best[-1]]))
+    return best[::-1]
 
 
 def iob2(tags: Sequence[str], place: str = "") -> list[str]:

@@ -35,15 +35,15 @@ def answers(
     English: lower case, without punctuation and articles; F1 over words as a bag (Rajpurkar et al. 2016, § 6.1).
     Chinese (Cui et al. 2019, § 4.1): Chinese characters and runs of others are the units, punctuation is passed over,
     and F1 counts the longest common *substring* (the script names it a subsequence), so one gap halves it; `average`
-    of the two is the official ranking. A record without a reference has no answer: right is an empty prediction
-    (SQuAD 2.0), and only that.
+    of the two is the official ranking. A record without a reference has no answer: right is a prediction of which
+    nothing is left to compare (SQuAD 2.0), and only that.
     Raises `ConfigError` for another language, and for Chinese where NLTK is missing.
     """
     n = expect_pairs(references, predicted)
     exact, overlap, sign = _rules(language)
     records = list(zip(references, predicted, strict=True))
-    matched_N = np.array([_best(exact, given, answer) for given, answer in records])
-    f1_N = np.array([_best(overlap, given, answer) for given, answer in records])
+    matched_N = np.array([_best(exact, exact, given, answer) for given, answer in records])
+    f1_N = np.array([_best(exact, overlap, given, answer) for given, answer in records])
     none = sum(not given for given in references)
     note = f"{none} of {n} records have no answer: an empty prediction is right" if none else None
     columns = [f1_N, matched_N]
@@ -108,9 +108,9 @@ def _rules(language: str) -> tuple[_Rule, _Rule, str]:
     raise ConfigError(f"answers in '{language}' cannot be compared", expected="the language en or zh")
 
 
-def _best(rule: _Rule, references: Sequence[str], answer: str) -> float:
+def _best(exact: _Rule, rule: _Rule, references: Sequence[str], answer: str) -> float:
     if not references:
-        return float(not answer.strip())
+        return exact("", answer)
     return max(rule(reference, answer) for reference in references)
 
 
