@@ -16,6 +16,7 @@ from ratoon.evaluate.metrics.classification import classification, multi_label
 from ratoon.evaluate.metrics.likelihood import perplexity
 from ratoon.evaluate.metrics.numbers import scores
 from ratoon.evaluate.metrics.overlap import translation
+from ratoon.evaluate.metrics.preference import preference
 from ratoon.evaluate.metrics.value import Measured, compare
 
 HOSTILE = "</script><script>alert('x')</script><!-- <img src=http://evil.example/a onerror=alert(1)> & \"q\" {{7*7}}"
@@ -180,7 +181,8 @@ def make_likelihood(folder: Path) -> Path:
 
 def make_preference(folder: Path) -> Path:
     given = ["chosen" if i % 3 else "rejected" for i in range(30)]
-    measured = classification(["chosen"] * 30, given, ["chosen", "rejected"], **FEW)
+    margins = [(0.1 + i / 100) * (1 if answer == "chosen" else -1) for i, answer in enumerate(given)]
+    measured = preference(margins, **FEW)
     lines = [
         {
             "id": f"p{i}",
@@ -191,7 +193,17 @@ def make_preference(folder: Path) -> Path:
         }
         for i in range(30)
     ]
-    return put(folder, "preference", "preference", measured, lines)
+    base = preference([one / 2 for one in margins], **FEW)
+    beside = {
+        "name": "base",
+        "what": "untrained, the same tokens",
+        "values": [one.as_dict() for one in base.values],
+        "seconds": 1.0,
+        "cut_tokens": 0,
+        "paired": compare(measured, base, "accuracy", **FEW).as_dict(),
+        "moved": compare(measured, base, "margin", **FEW).as_dict(),
+    }
+    return put(folder, "preference", "preference", measured, lines, told=True, base=beside)
 
 
 MAKERS: dict[str, tuple[Callable[[Path], Path], int]] = {

@@ -16,6 +16,7 @@ from ratoon.base.seeds import stream
 from ratoon.evaluate.interval import ratio_interval
 from ratoon.evaluate.metrics.likelihood import perplexity
 from ratoon.evaluate.metrics.numbers import scores
+from ratoon.evaluate.metrics.preference import preference
 from ratoon.evaluate.metrics.value import Measured, bootstrap, compare
 
 pytestmark = pytest.mark.filterwarnings("ignore::scipy.stats.ConstantInputWarning", "ignore::RuntimeWarning")
@@ -179,3 +180,21 @@ def test_two_models_are_compared_by_their_loss() -> None:
         and found.interval[1] < 0
         and found.p_value == pytest.approx(1 / 501)
     )
+
+
+# pairs of answers
+
+
+def test_pairs_by_hand() -> None:
+    found = preference([0.5, -0.25, 0.0, 1.0], resamples=50)
+    assert value(found, "accuracy") == (1 + 0 + 0.5 + 1) / 4 and value(found, "margin") == 1.25 / 4
+    assert found.per_record == {"accuracy": [1.0, 0.0, 0.5, 1.0], "margin": [0.5, -0.25, 0.0, 1.0]}
+    assert found.values[0].name == "accuracy" and "nats per token" in found.value("margin").signature
+    moved = compare(found, preference([0.25, -0.5, -0.25, 0.75], resamples=50), "margin", resamples=50)
+    assert moved.difference == pytest.approx(0.25) and moved.interval == pytest.approx((0.25, 0.25))
+
+
+@pytest.mark.parametrize(("margins", "told"), [([], "no record"), ([0.1, float("nan")], "not a number")])
+def test_pairs_that_cannot_be_measured(margins: list[float], told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        preference(margins)

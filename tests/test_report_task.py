@@ -453,6 +453,17 @@ def test_no_number_of_a_table_is_cut(folders: dict[str, Path], width: int) -> No
     assert re.search(r"^ \[red\]majority ", text, re.M)
 
 
+@in_browser
+@pytest.mark.parametrize(("language", "words"), [("en", "Training moved the margin"), ("zh", "训练使差距")])
+def test_how_far_training_moved_a_pair_is_on_the_page(
+    browser: Browser, folders: dict[str, Path], language: Any, words: str
+) -> None:
+    moved = facts(folders["preference"])["base"]["moved"]
+    browser.open(write_task_page(folders["preference"], language=language))
+    text = browser.run("document.querySelector('#base > p:last-child').textContent")
+    assert words in text and task_phrases.signed(moved["difference"], moved["difference"]) in text
+
+
 def test_the_tables_are_plain_text_unless_colour_is_wanted(folders: dict[str, Path]) -> None:
     found = facts(folders["classification"])
     plain, coloured = show_task(found), show_task(found, colour=True)

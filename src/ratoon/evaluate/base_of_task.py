@@ -68,7 +68,7 @@ def base_beside(
     )  # fmt: skip
     measured = measure(report.task, predictions, language)
     main = report.measured.values[0].name
-    return {
+    found = {
         "name": base.name,
         "what": how,
         "values": [one.as_dict() for one in measured.values],
@@ -76,6 +76,9 @@ def base_beside(
         "cut_tokens": sum(one.cut_tokens for one in predictions),
         "paired": compare(report.measured, measured, main).as_dict(),
     }
+    if report.task.measure == "preference":
+        found["moved"] = compare(report.measured, measured, "margin").as_dict()
+    return found
 
 
 def sentence(measured: Measured, found: dict[str, Any]) -> str:
@@ -85,9 +88,16 @@ def sentence(measured: Measured, found: dict[str, Any]) -> str:
     if word is None:
         return f"{ours.name} is undefined: nothing can be said about the base"
     low, high = paired["interval"]
+    moved = found.get("moved")
+    said = ""
+    if moved is not None and moved["interval"] is not None:
+        least, most = moved["interval"]
+        said = (
+            f"; its training moved the margin by {moved['difference']:+.4f} nats per token [{least:+.4f}, {most:+.4f}]"
+        )
     return (
         f"the model {word} its base, {found['name']} ({found['what']}): {ours.name} {ours.value:.4f} against "
-        f"{theirs:.4f}, difference {paired['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        f"{theirs:.4f}, difference {paired['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{said}"
     )
 
 

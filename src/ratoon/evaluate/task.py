@@ -34,7 +34,8 @@ ROW_TOKENS = 4096
 @dataclass(frozen=True)
 class Prediction:
     """What a model answered to one record. `probabilities` in the order of the task's labels, where it has them;
-    `nats` and `tokens`: how likely the right answer was, for tasks that are decoded."""
+    `nats` and `tokens`: how likely the right answer was, for tasks that are decoded; of a pair `nats` is what a token
+    of the chosen answer costs more than one of the rejected."""
 
     record: Any
     answer: Any
@@ -456,7 +457,7 @@ def measure(
 
         return perplexity([one.nats or 0.0 for one in predictions], [one.tokens for one in predictions], **drawing)
     if task.measure == "preference":
-        from ratoon.evaluate.metrics.classification import classification
+        from ratoon.evaluate.metrics.preference import preference
 
-        return classification(["chosen"] * len(answers), answers, ["chosen", "rejected"], **drawing)
+        return preference([-(one.nats or 0.0) for one in predictions], **drawing)
     raise ConfigError(f"there is no measure '{task.measure}'", where=f"task {task.kind}")

@@ -101,6 +101,11 @@ PHRASES: dict[str, tuple[str, str]] = {
         "model less its base.",
         "微调之前的模型在相同记录上的成绩；成对自助法，差值为本模型减去其基础模型。",
     ),
+    "moved_note": (
+        "Training moved the margin (log-likelihood of the chosen answer less the rejected one's) by {by} nats "
+        "per token.",
+        "训练使差距（优选回答与落选回答的对数似然之差）变化了每词元 {by} 纳特。",
+    ),
     # -- other models ------------------------------------------------------------------------------------------
     "against_note": (
         "Paired bootstrap on the same records: the difference is this model less the other one.",
@@ -404,6 +409,7 @@ FIGURES: dict[str, tuple[str, str]] = {
     "rougeLsum": ("ROUGE-Lsum", "ROUGE-Lsum"),
     "perplexity": ("Perplexity", "困惑度"),
     "loss": ("Loss", "损失"),
+    "margin": ("Margin, nats per token", "差距（纳特/词元）"),
 }
 TASKS: dict[str, tuple[str, str]] = {
     "classification": ("classification", "文本分类"),

@@ -10,7 +10,8 @@ where it is there:
 |---|---|
 | `without_copies`, `copies_of_training` | the values without rows that stand in training, too; how many these are |
 | `floors` | [{name, what, values, seconds, paired}]; `paired`: `Paired.as_dict` of the main figure, ours less it |
-| `base` | {name, what, values, seconds, cut_tokens, paired}: the base without its training, as floors are |
+| `base` | {name, what, values, seconds, cut_tokens, paired}: the base without its training, as floors are; for pairs |
+| | of answers also `moved`: by how much training moved the margin between them, `Paired.as_dict` |
 | `robust` | `RobustReport.as_dict`, or {curves: {perturbation: [{strength, value, interval, n, flipped}]}} |
 | `attack` | `AttackReport.as_dict` |
 | `against` | [{model, name, value, other, difference, interval, p_value, n, signature}]: other models, same records |
@@ -291,6 +292,12 @@ class Evaluation:
         """The model's base without its training, if it was measured by the main figure."""
         found = self.facts.get("base")
         return self._beside(found) if isinstance(found, dict) else None
+
+    @property
+    def moved(self) -> Difference | None:
+        """By how much training moved the margin between two answers, where pairs were measured with their base."""
+        found = (self.facts.get("base") or {}).get("moved")
+        return None if found is None else Difference.of(found)
 
     def _beside(self, found: dict[str, Any]) -> Floor | None:
         """What was measured beside the model, from plain values; None without the main figure."""
