@@ -13,7 +13,7 @@ import yaml
 from little_tasks import KINDS, rows_of, table, write
 from ratoon.cli.main import run as ratoon
 
-WITHOUT_FLOOR = {"generation", "dialogue", "preference"}
+WITHOUT_FLOOR = {"preference"}
 
 
 @pytest.fixture

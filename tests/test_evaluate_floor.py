@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 
 from ratoon.base.errors import ConfigError, DataError
-from ratoon.evaluate.floor import labels, questions, tags, targets
+from ratoon.evaluate.floor import labels, questions, tags, targets, tokens
 from ratoon.evaluate.floor.features import MOST_CHARACTERS, Counted, few_enough, lengths
 from ratoon.evaluate.floor.kinds import (
     Data,
     Labelled,
     LabelSets,
+    Learned,
     Numbers,
     PairNumbers,
     Pairs,
@@ -215,6 +217,27 @@ def test_texts_made_of_texts() -> None:
     summaries_found = predicted("summarization", train, Sources([text, "今天下雨。明天晴！后天？再说。", ""], [""] * 3))
     assert summaries_found["lead-1"] == ["First one.", "今天下雨。", ""]
     assert summaries_found["lead-3"] == ["First one. Second, by Mr. Smith!  Third?", "今天下雨。明天晴！后天？", ""]
+
+
+def test_likelihoods_of_counts() -> None:
+    """By hand: 5 tokens learned, of which the first twice; and every distribution sums to 1."""
+    train = Learned([[((7, 1, 2, 1, 3), (1, 1, 1, 1))], [((7, 1, 4), (0, 1))]], 10)
+    one = tokens.Counts(train, 1)
+    assert one.probability((), 1) == pytest.approx((2 - 0.75 + 0.75 * 4 / 10) / 5)
+    assert one.probability((), 9) == pytest.approx(0.75 * 4 / 10 / 5)
+    three = tokens.Counts(train, 3)
+    behind_1 = (1 - 0.75 + 0.75 * 3 * one.probability((), 2)) / 3
+    assert three.probability((8, 1), 2) == pytest.approx(behind_1), "never seen: as behind the last token alone"
+    assert three.probability((7, 1), 2) == pytest.approx((1 - 0.75 + 0.75 * 2 * behind_1) / 2)
+    for before in ((), (1,), (7, 1), (2, 1), (9, 9)):
+        assert sum(three.probability(before, token) for token in range(10)) == pytest.approx(1)
+    test = Learned([[((7, 1, 2), (0, 1))], [((7, 1, 2), (0, 1)), ((1, 9), (1.0,))]], 10)
+    first = -math.log(three.probability((7, 1), 2))
+    second = first - math.log(three.probability((1,), 9))
+    for kind in ("dialogue", "generation"):
+        found = predicted(kind, train, test)
+        assert found["trigram"] == [(pytest.approx(first), 1), (pytest.approx(second), 2)]
+        assert found["unigram"][0] == (pytest.approx(-math.log(one.probability((), 2))), 1)
 
 
 SENTENCES = [

@@ -132,7 +132,9 @@ def measured_model(lm: LanguageModel, files: Sequence[str], asked: Asked) -> Tas
     if asked.floor:
         from ratoon.evaluate.floor_of_task import beside, sentence
 
-        report.facts["floors"] = beside(report, parts.train, language=language, seed=recipe.seed)
+        report.facts["floors"] = beside(
+            report, parts.train, lm, language=language, too_long=too_long_of(lm), seed=recipe.seed
+        )
         talk(sentence(report.measured, report.facts["floors"]))
     if asked.base:
         report.facts["base"] = _base(lm, report, str(recipe.model.base), language)

@@ -12,12 +12,19 @@ from ratoon.base.errors import ConfigError
 from ratoon.evaluate.floor import kinds
 from ratoon.evaluate.floor.run import floors
 from ratoon.evaluate.metrics.value import Measured, Value, compare
-from ratoon.evaluate.task import Prediction, TaskReport, measure
-from ratoon.tasks.contract import Task
+from ratoon.evaluate.task import Prediction, TaskReport, encode, measure
+from ratoon.generate.lm import LanguageModel
+from ratoon.tasks.contract import Task, TooLong
 
 
-def shaped(task: Task[Any], records: Sequence[Any]) -> kinds.Data:
-    """The records as a floor takes them. Raises `ConfigError` for a task without floors."""
+def shaped(task: Task[Any], records: Sequence[Any], lm: LanguageModel, too_long: TooLong) -> kinds.Data:
+    """The records as a floor takes them; where likelihood is measured, the tokens that `lm` is asked for. Raises
+    `ConfigError` for a task without floors."""
+    if task.measure == "perplexity":
+        room = lm.context_tokens - lm.virtual_tokens
+        found = [encode(lm, task, record, too_long, room).examples for record in records]
+        pieces = [[(tuple(one.ids), tuple(one.weight)) for one in examples] for examples in found]
+        return kinds.Learned(pieces, lm.model.cfg.vocab_size)
     texts = [task.text(record) for record in records]
     expected = [task.expected(record) for record in records]
     if task.kind == "classification":
@@ -50,16 +57,23 @@ def shaped(task: Task[Any], records: Sequence[Any]) -> kinds.Data:
     )
 
 
-def beside(report: TaskReport, training: Sequence[Any], *, language: str, seed: int = 1) -> list[dict[str, Any]]:
+def beside(
+    report: TaskReport,
+    training: Sequence[Any],
+    lm: LanguageModel,
+    *,
+    language: str,
+    too_long: TooLong,
+    seed: int = 1,
+) -> list[dict[str, Any]]:
     """The floors of the report's task, learned from `training` and measured on the report's records: name, what it is,
     values, seconds, and the paired bootstrap of ours less it in the main figure."""
     task, records = report.task, [one.record for one in report.predictions]
     main = report.measured.values[0].name
     found = []
-    for floor in floors(task.kind, shaped(task, training), shaped(task, records), language=language, seed=seed):
-        answers = [
-            Prediction(record, _answer(answer)) for record, answer in zip(records, floor.predictions, strict=True)
-        ]
+    known, asked = (shaped(task, some, lm, too_long) for some in (training, records))
+    for floor in floors(task.kind, known, asked, language=language, seed=seed):
+        answers = [_prediction(task, record, answer) for record, answer in zip(records, floor.predictions, strict=True)]
         measured = measure(task, answers, language)
         found.append(
             {
@@ -73,8 +87,11 @@ def beside(report: TaskReport, training: Sequence[Any], *, language: str, seed: 
     return found
 
 
-def _answer(answer: Any) -> Any:
-    return tuple(answer) if isinstance(answer, list) else answer
+def _prediction(task: Task[Any], record: Any, answer: Any) -> Prediction:
+    if task.measure == "perplexity":
+        nats, n = answer
+        return Prediction(record, None, nats=nats, tokens=n)
+    return Prediction(record, tuple(answer) if isinstance(answer, list) else answer)
 
 
 def sentence(measured: Measured, found: Sequence[dict[str, Any]]) -> str:

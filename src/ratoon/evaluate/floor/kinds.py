@@ -95,12 +95,21 @@ class Questions:
     answers: Sequence[Sequence[str]]
 
 
-Data: TypeAlias = Labelled | LabelSets | Pairs | PairNumbers | Numbers | Tagged | Sources | Questions
+@dataclass(frozen=True)
+class Learned:
+    """Tokens, and which of them are learned: for each record its pieces, each ids with the weight of predicting
+    ids[i + 1] at i. `vocabulary`: how many tokens there are."""
+
+    pieces: Sequence[Sequence[tuple[tuple[int, ...], tuple[float, ...]]]]
+    vocabulary: int
+
+
+Data: TypeAlias = Labelled | LabelSets | Pairs | PairNumbers | Numbers | Tagged | Sources | Questions | Learned
 
 
 def n_records(data: Data) -> int:
     """How many records there are. Raises `DataError` where the fields are not equally long."""
-    lengths = {name: len(value) for name, value in vars(data).items() if value is not None}
+    lengths = {name: len(value) for name, value in vars(data).items() if hasattr(value, "__len__")}
     if len(set(lengths.values())) != 1:
         raise DataError(
             "the records are not whole: " + ", ".join(f"{n} {name}" for name, n in lengths.items()),

@@ -14,13 +14,14 @@ from typing import Any, TypeAlias
 
 from ratoon.base.errors import ConfigError, DataError
 from ratoon.base.seeds import derive, stream
-from ratoon.evaluate.floor import labels, questions, tags, targets
+from ratoon.evaluate.floor import labels, questions, tags, targets, tokens
 from ratoon.evaluate.floor.features import few_enough
 from ratoon.evaluate.floor.kinds import (
     Data,
     Floor,
     Labelled,
     LabelSets,
+    Learned,
     Numbers,
     PairNumbers,
     Pairs,
@@ -134,6 +135,19 @@ _QUESTIONS = (
     ),
 )
 
+_LIKELIHOOD = (
+    _Way(
+        "unigram",
+        "how often each token was learned",
+        lambda train, test, language, seed: tokens.likelihood(train, test, 1),
+    ),
+    _Way(
+        "trigram",
+        "counts of three tokens, two and one, discounted",
+        lambda train, test, language, seed: tokens.likelihood(train, test, 3),
+    ),
+)
+
 FLOORS: dict[str, dict[type, tuple[_Way, ...]]] = {
     "classification": {Labelled: _CLASSIFY},
     "multi-label": {LabelSets: _SEVERAL},
@@ -145,8 +159,8 @@ FLOORS: dict[str, dict[type, tuple[_Way, ...]]] = {
     "summarization": {Sources: _LEADS},
     "extractive": {Questions: _QUESTIONS},
     "question-answering": {Questions: _QUESTIONS, Sources: (_NEAREST,)},
-    "dialogue": {Sources: (_NEAREST,)},
-    "generation": {Sources: (_NEAREST,)},
+    "dialogue": {Learned: _LIKELIHOOD},
+    "generation": {Learned: _LIKELIHOOD},
 }
 """The floors of each task, by the shape of its records."""
 
