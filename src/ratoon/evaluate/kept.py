@@ -23,9 +23,9 @@ def counted_again(task: Task[Any], lines: Sequence[Mapping[str, Any]], language:
 
     Raises `DataError` for a line without what is counted, `ConfigError` for a library that is missing.
     """
-    likelihood = task.measure == "perplexity"
+    needed = {"perplexity": ("nats", "tokens"), "preference": ("nats",)}.get(task.measure, ("answer",))
     for number, line in enumerate(lines, start=1):
-        missing = [key for key in ("expected", *(("nats", "tokens") if likelihood else ("answer",))) if key not in line]
+        missing = [key for key in ("expected", *needed) if key not in line]
         if missing:
             raise DataError(
                 f"the prediction has no '{missing[0]}'",
@@ -35,7 +35,7 @@ def counted_again(task: Task[Any], lines: Sequence[Mapping[str, Any]], language:
     predictions = [
         Prediction(None, line.get("answer"), nats=line.get("nats"), tokens=line.get("tokens", 0)) for line in lines
     ]
-    drawing = {} if likelihood else {"resamples": 1}
+    drawing = {} if task.measure == "perplexity" else {"resamples": 1}
     return measure(task, predictions, language, expected=[line["expected"] for line in lines], **drawing)
 
 

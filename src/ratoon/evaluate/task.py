@@ -403,7 +403,9 @@ def _by_likelihood(lm: LanguageModel, task: Task[Any], records: Sequence[Any], t
     for record, one in zip(records, likelihoods(lm, task, records, too_long), strict=True):
         chosen, rejected = (nats / max(tokens, 1) for nats, tokens in zip(one.nats, one.tokens, strict=True))
         answer = "chosen" if chosen < rejected else "rejected"
-        predictions.append(Prediction(record, answer, nats=chosen - rejected, cut_tokens=one.cut_tokens))
+        predictions.append(
+            Prediction(record, answer, nats=chosen - rejected, tokens=sum(one.tokens), cut_tokens=one.cut_tokens)
+        )
     return predictions
 
 
