@@ -225,6 +225,38 @@ def test_few_examples_make_smaller_steps(epochs: float, examples: int, rows: int
     assert any(one.key == "train.rows" and f"about {rows} examples a step" in one.reason for one in derived)
 
 
+@pytest.mark.parametrize(
+    ("kind", "width", "rate", "told"),
+    [
+        ("lora", 576, 1e-3, "method lora"),
+        ("lora", 64, 1e-3, "method lora"),
+        ("lora", 2048, 2.81e-4, "method lora: 0.001, less by 576 / 2048 for the model's width"),
+        ("full", 2048, 5.625e-5, "method full: 0.0002, less by 576 / 2048 for the model's width"),
+        ("prompt", 576, 3e-2, "method prompt"),
+    ],
+)
+def test_the_learning_rate_is_the_methods_and_the_widths(kind: str, width: int, rate: float, told: str) -> None:
+    recipe = {"name": "x", "task": {"kind": "classification"}, "data": {"train": ["a.csv"]}, "model": {"base": "b"},
+              "method": {"kind": kind}}  # fmt: skip
+    plan = settle_tuning(load_tuning(recipe))
+    settings, derived = plan.train_settings(rows_an_epoch=100, examples=400, width=width)
+    assert settings.learning_rate == pytest.approx(rate, rel=2e-3)
+    assert [one.reason for one in derived if one.key == "train.learning_rate"] == [told]
+
+
+def test_a_rate_that_was_chosen_for_another_method_is_not_kept() -> None:
+    plan = settle_tuning(load_tuning("banking77", {"method.kind": "full"}))
+    settings, _ = plan.train_settings(rows_an_epoch=100, examples=400)
+    assert settings.learning_rate == 2e-4
+    told = {one.key: one.reason for one in plan.derived}
+    assert told["train.learning_rate"] == "it was set for lora, not for full"
+    named = settle_tuning(load_tuning("banking77", {"method.kind": "full", "train.learning_rate": 7e-4}))
+    assert named.train_settings(rows_an_epoch=100, examples=400)[0].learning_rate == 7e-4
+    assert "train.learning_rate" not in {one.key for one in named.derived}
+    same = settle_tuning(load_tuning("banking77", {"method.kind": "lora"}))
+    assert same.train_settings(rows_an_epoch=100, examples=400)[0].learning_rate == 1e-3
+
+
 def test_new_weights_have_larger_steps() -> None:
     settings, _ = settle_tuning(load_tuning("translate-en-zh-encdec")).train_settings(
         rows_an_epoch=1_000, examples=28_000
@@ -244,7 +276,10 @@ def test_each_verb_refuses_the_other_kind(verb_of: Any, name: str, words: str) -
 def test_another_kind_of_method_leaves_the_settings_of_the_first() -> None:
     recipe = load_tuning("banking77", {"method.kind": "full", "method.freeze_layers": 3})
     assert recipe.method == {"kind": "full", "freeze_layers": 3}
-    assert [(one.key, one.value) for one in settle_tuning(recipe).derived] == [("method.rank", None)]
+    assert [(one.key, one.value) for one in settle_tuning(recipe).derived] == [
+        ("method.rank", None),
+        ("train.learning_rate", None),
+    ]
     assert load_tuning("banking77", {"method.kind": "lora"}).method["rank"] == 8
 
 

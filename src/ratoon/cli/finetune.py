@@ -212,7 +212,7 @@ class _Job(Job):
                                  most_tokens=lm.context_tokens, book=self._book)  # fmt: skip
         method.read_text(lm.tokenizer.encode)
         self._install(lm, material.task, method)
-        loader, settings = self._loader(material, method)
+        loader, settings = self._loader(lm, material, method)
         self._announce(lm, material, method, loader, settings)
         result = self._train(lm, material, method, loader, settings, parents)
         if self.world.first:
@@ -322,7 +322,7 @@ class _Job(Job):
 
     # -- data ------------------------------------------------------------------------------------------------------
 
-    def _loader(self, material: Material, method: Method) -> tuple[ExampleLoader, TrainSettings]:
+    def _loader(self, lm: LanguageModel, material: Material, method: Method) -> tuple[ExampleLoader, TrainSettings]:
         """The rows of the run, and the settings that their number decides."""
         from ratoon.data.examples import ExampleLoader
 
@@ -339,7 +339,9 @@ class _Job(Job):
 
         loader = make(self.world.size)
         learned = max(len(material.train), len(material.parts.train))  # neighbours may share an example
-        settings, self.derived = self.plan.train_settings(rows_an_epoch=len(loader), examples=learned)
+        settings, self.derived = self.plan.train_settings(
+            rows_an_epoch=len(loader), examples=learned, width=lm.model.head_weight().shape[1]
+        )
         loader.rows = settings.rows
         return loader, settings
 

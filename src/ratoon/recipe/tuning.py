@@ -25,8 +25,13 @@ EXAMPLES_A_STEP, FEWEST_EXAMPLES_A_STEP, WANTED_STEPS = 32, 8, 200
 EXAMPLES_FROM_NOTHING = 128
 """The same for new weights: on pairs of sentences they learn more of the same epochs than with 32, in half the time."""
 
-LEARNING_RATES = {"full": 5e-5, "lora": 5e-4, "adalora": 1e-3, "ia3": 5e-3, "houlsby": 5e-4, "pfeiffer": 5e-4,
-                  "prefix": 5e-3, "prompt": 3e-2}  # fmt: skip
+LEARNING_RATES = {"full": 2e-4, "lora": 1e-3, "adalora": 5e-3, "ia3": 3e-2, "houlsby": 1e-3, "pfeiffer": 1e-3,
+                  "prefix": 1e-2, "prompt": 3e-2}  # fmt: skip
+"""Peak learning rates of the methods, as found for a model MEASURED_WIDTH wide on two data sets of a few hundred steps
+(benchmarks/RESULTS.md)."""
+MEASURED_WIDTH = 576
+"""A wider model has so much less of the rate as it is wider: what AdamW's step of a matrix does to the next layer grows
+with its width (Yang et al., arXiv:2203.03466, table 3). A narrower one has the same rate: more was not tried."""
 FROM_NOTHING = 1e-3
 """Peak learning rate of a model that begins with random weights."""
 
@@ -108,8 +113,11 @@ class TunePlan:
     recipe: TuneRecipe
     derived: tuple[Derived, ...]
 
-    def train_settings(self, *, rows_an_epoch: int, examples: int) -> tuple[TrainSettings, tuple[Derived, ...]]:
-        """The settings of the loop, for so many rows and examples. Raises `ConfigError` for what does not fit."""
+    def train_settings(
+        self, *, rows_an_epoch: int, examples: int, width: int = MEASURED_WIDTH
+    ) -> tuple[TrainSettings, tuple[Derived, ...]]:
+        """The settings of the loop, for so many rows and examples and a model of that width. Raises `ConfigError` for
+        what does not fit."""
         recipe = self.recipe
         table = merge(recipe.train, {})
         derived: list[Derived] = []
@@ -135,8 +143,13 @@ class TunePlan:
         settle("optimizer", "muon" if new else "adamw", "new weights" if new else "fine-tuning")
         if kind == "full" and not new:
             settle("moments", "bfloat16", f"method {kind}: half the memory of AdamW's state")
-        rate = FROM_NOTHING if new else LEARNING_RATES.get(kind, 5e-4)
-        settle("learning_rate", rate, "new weights" if new else f"method {kind}")
+        if new:
+            settle("learning_rate", FROM_NOTHING, "new weights")
+        else:
+            rate, told = LEARNING_RATES.get(kind, LEARNING_RATES["lora"]), f"method {kind}"
+            if width > MEASURED_WIDTH:
+                told += f": {rate:g}, less by {MEASURED_WIDTH} / {width} for the model's width"
+            settle("learning_rate", float(f"{rate * min(1, MEASURED_WIDTH / width):.3g}"), told)
         settle("schedule", "wsd" if new else "cosine", "new weights" if new else "fine-tuning")
         settle("weight_decay", 0.1 if new else 0.01, "new weights" if new else "fine-tuning")
         if table.get("steps") is not None:
@@ -184,7 +197,8 @@ def load_tuning(
 
 
 def _of_another_kind(table: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Derived, ...]]:
-    """The table without settings of a task or method whose kind is overridden by another: they are not its own."""
+    """The table without settings of a task or method whose kind is overridden by another: they are not its own. Nor is
+    the learning rate that was chosen for another method."""
     replaced = []
     for name in ("task", "method"):
         kind, given = overrides.get(f"{name}.kind"), table.get(name)
@@ -196,6 +210,12 @@ def _of_another_kind(table: dict[str, Any], overrides: Mapping[str, Any]) -> tup
             replaced.append(
                 Derived(f"{name}.{key}", None, f"it was set for {given.get('kind', 'full')}, not for {kind}")
             )
+        if name == "method" and table.get("train", {}).get("learning_rate") is not None:
+            table = merge(table, {})
+            del table["train"]["learning_rate"]
+            if "train.learning_rate" not in overrides:
+                told = f"it was set for {given.get('kind', 'full')}, not for {kind}"
+                replaced.append(Derived("train.learning_rate", None, told))
     return table, tuple(replaced)
 
 
