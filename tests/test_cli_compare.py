@@ -177,6 +177,22 @@ def test_predictions_that_are_kept_give_the_figure_again(kind: str, with_base: P
     assert compare(measured, measured, measured.values[0].name).difference == 0
 
 
+def test_a_narrow_terminal_gets_it_in_three_tables(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capsys.readouterr()
+    lines = {}
+    for columns in (100, 250):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert ratoon(["compare", *ALL]) == 0
+        lines[columns] = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[100])) <= 100
+    assert sum("few-ia3" in line for line in lines[100]) == 3 and sum("few-ia3" in line for line in lines[250]) == 1
+    (wide,) = (line for line in lines[250] if "few-ia3" in line)
+    narrow = " ".join(line for line in lines[100] if "few-ia3" in line)
+    assert all(word in narrow for word in wide.split() if "=" not in word), "the same figures"
+
+
 # -- seeds -------------------------------------------------------------------------------------------------------------
 
 

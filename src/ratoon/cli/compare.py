@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from ratoon.report.compare_records import Comparison, Lane, Note, TunedRun
     from ratoon.report.phrases import Language
 
+SCORE = ("col_method", "col_score", "col_95", "col_to_best")
+COST = ("col_trained_short", "col_speed", "col_memory", "col_disk", "col_took")
+RECIPE = ("col_settings", "col_passes", "col_steps", "col_seed")
+"""What a line says behind the name of its run, by the keys of phrases: its score, what it took, how it was made."""
+
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN RUN…")
@@ -30,13 +35,13 @@ def command(runs: tuple[str, ...], by_seed: bool, out: Path | None, as_json: boo
     All must be of one task and measured on the same test rows. Runs that kept their predictions are tested against the
     best of them by a paired bootstrap.
     """
-    from ratoon.cli.output import answer, answer_json, talk
+    from ratoon.cli.output import answer, answer_json, talk, terminal_columns
 
     found, language = compared(runs, by_seed=by_seed)
     if as_json:
         answer_json(found.as_dict())
     else:
-        answer(show_comparison(found, language=language))
+        answer(show_comparison(found, language=language, width=terminal_columns()))
     if out is not None:
         from ratoon.report.compare_page import write_compare_page
         from ratoon.store.atomic import write_json
@@ -146,8 +151,9 @@ def _tested(lanes: Sequence[Lane], counted: dict[str, Measured], name: str) -> l
 
 
 def show_comparison(found: Comparison, *, language: Language = "en", width: int | None = None) -> str:
-    """The one table, in plain text; `width` in columns, more where the table needs them."""
-    from ratoon.cli.task_table import printed, table
+    """The table, in plain text; where it needs more than `width` columns, it is three: scores, what they took, and how
+    the runs were made."""
+    from ratoon.cli.task_table import columns_of, printed, table
     from ratoon.report.compare_phrases import phrase, told
     from ratoon.report.phrases import duration, size
     from ratoon.report.task_phrases import count, figure_name, shown, task_name
@@ -175,10 +181,7 @@ def show_comparison(found: Comparison, *, language: Language = "en", width: int 
                 lane.settings,
             ]
         )
-    keys: tuple[str, ...] = (
-        "col_run", "col_method", "col_score", "col_95", "col_to_best", "col_trained_short", "col_speed", "col_memory",
-        "col_disk", "col_took", "col_passes", "col_steps", "col_seed", "col_settings",
-    )  # fmt: skip
+    keys: tuple[str, ...] = ("col_run", *SCORE, *COST, *RECIPE[1:], RECIPE[0])
     if not any(row[-1] for row in rows):
         keys, rows = keys[:-1], [row[:-1] for row in rows]
     lower = "" if found.figure.higher_is_better else phrase("lower", language)
@@ -186,10 +189,18 @@ def show_comparison(found: Comparison, *, language: Language = "en", width: int 
         task=task_name(found.task, language), n=count(found.n_rows), name=figure_name(found.figure.name, language),
         lower=lower,
     )  # fmt: skip
-    view = table(lead, [phrase(key, language) for key in keys], rows, left=2)
+    head = [phrase(key, language) for key in keys]
+    views = [table(lead, head, rows, left=2)]
+    if width is not None and columns_of(views[0]) > width:
+        views = []
+        for title, group, texts in ((lead, SCORE, 2), ("", COST, 1), ("", RECIPE, 2 if "col_settings" in keys else 1)):
+            places = [keys.index(key) for key in ("col_run", *group) if key in keys]
+            views.append(
+                table(title, [head[at] for at in places], [[row[at] for at in places] for row in rows], left=texts)
+            )
     notes = ["best_note", "memory_note", *(["seeds_note"] if found.seeded else [])]
     sentences = [told(note, language) for note in found.notes] + [phrase(key, language) for key in notes]
-    return printed([view, *sentences], width=width)
+    return printed([*views, *sentences], width=width)
 
 
 def _apart(lane: Lane) -> str:

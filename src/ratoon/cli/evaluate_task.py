@@ -43,7 +43,7 @@ class Asked:
 def evaluate_task_model(lm: LanguageModel, files: Sequence[str], asked: Asked, *, as_json: bool) -> None:
     """Measure a task model on its run's test rows, or on files of the same form, and say or print everything."""
     from ratoon.cli.measure import write_report
-    from ratoon.cli.output import answer, answer_json, talk
+    from ratoon.cli.output import answer, answer_json, talk, terminal_columns
     from ratoon.store.runs import Run
 
     if asked.unlabelled:
@@ -59,7 +59,7 @@ def evaluate_task_model(lm: LanguageModel, files: Sequence[str], asked: Asked, *
         return
     from ratoon.cli.task_table import show_task
 
-    answer(show_task(found, language="zh" if recipe.language == "zh" else "en"))
+    answer(show_task(found, language="zh" if recipe.language == "zh" else "en", width=terminal_columns()))
     talk(f"page: {folder / 'report.html'}")
 
 

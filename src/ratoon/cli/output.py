@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ def answer(text: str) -> None:
 def answer_json(value: Any) -> None:
     """What was asked for, as one JSON object on stdout."""
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def terminal_columns() -> int | None:
+    """How many columns stdout's terminal has (or COLUMNS says); None where it is none."""
+    return shutil.get_terminal_size((0, 0)).columns or None
 
 
 def talk(sentence: str) -> None:

@@ -68,8 +68,7 @@ def printed(parts: Sequence[str | Text | Table], *, width: int | None = None, co
     )
     for part in parts:
         if isinstance(part, Table):
-            console.width = 10_000
-            console.width = max(width or WIDTH, console.measure(part).minimum)
+            console.width = max(width or WIDTH, columns_of(part))
         else:
             console.width = width or WIDTH
         console.print(Text(part) if isinstance(part, str) else part)
@@ -83,6 +82,13 @@ def _parts(found: Evaluation, language: Language) -> list[Table]:
     parts += [*_counts(found, language), _confusions(found, language)]
     parts += [_robust(found, language), _ledger(found, language)]
     return [one for one in parts if one is not None]
+
+
+def columns_of(view: Table) -> int:
+    """How many columns of a terminal a table needs at least."""
+    from rich.console import Console
+
+    return Console(file=io.StringIO(), width=10_000).measure(view).minimum
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
