@@ -257,6 +257,23 @@ def test_a_rate_that_was_chosen_for_another_method_is_not_kept() -> None:
     assert same.train_settings(rows_an_epoch=100, examples=400)[0].learning_rate == 1e-3
 
 
+@pytest.mark.parametrize("name", [*PRETRAINING, *TUNING])
+def test_every_reason_has_its_chinese(name: str) -> None:
+    from ratoon.report.phrases import sentence
+
+    derived = settle(load(name)).derived if name in PRETRAINING else ()
+    if name in TUNING:
+        for change in ({}, {"method.kind": "ia3"}):
+            new = "encdec" in name and change
+            plan = settle_tuning(load_tuning(name, {} if new else change))
+            derived = (*derived, *plan.derived)
+            for width in (576, 960):
+                derived = (*derived, *plan.train_settings(rows_an_epoch=1000, examples=4000, width=width)[1])
+    assert derived
+    for one in derived:
+        assert sentence(one.reason, "zh") != one.reason, one
+
+
 def test_new_weights_have_larger_steps() -> None:
     settings, _ = settle_tuning(load_tuning("translate-en-zh-encdec")).train_settings(
         rows_an_epoch=1_000, examples=28_000

@@ -378,7 +378,10 @@ class _Job(Job):
             self.run.recipe_path, yaml.safe_dump(self.plan.as_dict(settings), sort_keys=False, allow_unicode=True)
         )
         self.state(
-            derived=[{"key": one.key, "value": one.value, "reason": one.reason} for one in self.derived],
+            derived=[
+                {"key": one.key, "value": one.value, "reason": one.reason}
+                for one in (*self.plan.derived, *self.derived)
+            ],
             model={"parameters": total, "trained": learns, "family": model.cfg.family, "layers": model.cfg.layers,
                    "width": model.cfg.width},
             task=material.task.facts(),
