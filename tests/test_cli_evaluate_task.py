@@ -12,6 +12,7 @@ import yaml
 
 from little_tasks import KINDS, rows_of, table, write
 from ratoon.cli.main import run as ratoon
+from ratoon.evaluate import task as evaluate
 
 WITHOUT_FLOOR = {"preference"}
 
@@ -53,6 +54,57 @@ def test_floors_stand_beside(kind: str, place: Path, capsys: pytest.CaptureFixtu
     for floor in found["floors"]:
         assert floor["values"][0]["name"] == found["values"][0]["name"] and floor["seconds"] >= 0
         assert floor["paired"]["n"] == found["n"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_answered_is_not_asked_again(
+    kind: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned(kind, place, 48)
+    tuned(kind, place, 48, name="other", seed=2, data__seed=1)
+    folder = place / "runs/tuned/evaluation"
+    before = {name: (folder / name).read_bytes() for name in ("evaluation.json", "predictions.jsonl")}
+    asked: list[str] = []
+    real = evaluate.predict
+
+    def predict(lm: Any, *rest: Any, **more: Any) -> Any:
+        asked.append(lm.name)
+        return real(lm, *rest, **more)
+
+    monkeypatch.setattr(evaluate, "predict", predict)
+    found = measured(capsys, "tuned", "--against", "other")
+    assert asked == ["other"]
+    known = json.loads(before["evaluation.json"])
+    assert found["values"] == known["values"] and found["tables"] == known["tables"]
+    assert (folder / "predictions.jsonl").read_bytes() == before["predictions.jsonl"]
+    asked.clear()
+    measured(capsys, "tuned")
+    assert asked == ["tuned"], "who asks for the measures alone, gets them anew"
+
+
+@pytest.mark.parametrize("change", ["dtype", "weights", "rows", "lines"])
+def test_other_answers_than_the_models_own_are_not_taken(
+    change: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned("classification", place, 48)
+    folder = place / "runs/tuned/evaluation"
+    facts = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    options = ["--dtype", "float32" if facts["dtype"] == "bfloat16" else "bfloat16"] if change == "dtype" else []
+    if change == "weights":
+        (folder / "evaluation.json").write_text(json.dumps(facts | {"model_hash": "0" * 64}), encoding="utf-8")
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    if change == "rows":
+        first = json.loads(lines[0])["input"]
+        text = (place / "rows.jsonl").read_text(encoding="utf-8")
+        assert first in text
+        (place / "rows.jsonl").write_text(text.replace(first, first + " and more"), encoding="utf-8")
+    if change == "lines":
+        (folder / "predictions.jsonl").write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
+    capsys.readouterr()
+    assert ratoon(["evaluate", "tuned", "--floor", *options, "--out", "anew"]) == 0
+    assert "it is not asked again" not in capsys.readouterr().err
+    assert ratoon(["evaluate", "tuned"]) == 0 and ratoon(["evaluate", "tuned", "--floor"]) == 0
+    assert "it is not asked again" in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_beat_its_floor_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

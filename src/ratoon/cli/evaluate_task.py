@@ -39,6 +39,11 @@ class Asked:
     unlabelled: bool = False
     out: Path | None = None
 
+    @property
+    def beside(self) -> bool:
+        """Whether anything is asked for beside the measures."""
+        return self.floor or self.base or self.robust or self.attack_queries is not None or self.against is not None
+
 
 def evaluate_task_model(lm: LanguageModel, files: Sequence[str], asked: Asked, *, as_json: bool) -> None:
     """Measure a task model on its run's test rows, or on files of the same form, and say or print everything."""
@@ -107,7 +112,7 @@ def answered_rows(lm: LanguageModel, files: Sequence[str], limit_rows: int | Non
 
 def measured_model(lm: LanguageModel, files: Sequence[str], asked: Asked) -> TaskReport:
     """The model measured on its run's test rows, or on files of the same form, with what is asked for beside."""
-    from ratoon.cli.measure import progress, task_of_model
+    from ratoon.cli.measure import identity, kept_of, progress, task_of_model
     from ratoon.cli.output import talk
     from ratoon.evaluate.task import evaluate_task
 
@@ -119,11 +124,17 @@ def measured_model(lm: LanguageModel, files: Sequence[str], asked: Asked) -> Tas
     parts = _parts(task, recipe, files, asked)
     _say_notes(parts)
     language = str(lm.facts.get("data", {}).get("language", recipe.language))
+    kept = None
+    if asked.beside:
+        folder = _run_folder(lm) / evaluation_name(files, asked.limit_rows)
+        kept = kept_of(folder, lm, task, parts.test)
+        if kept is not None:
+            talk(f"answers of this model to these {len(kept):,} records are kept in {folder}: it is not asked again")
     report = evaluate_task(
         lm, task, parts.test, language=language, too_long=too_long_of(lm), seen_places=parts.seen_test_places,
-        progress=progress("records"),
+        progress=progress("records"), kept=kept,
     )  # fmt: skip
-    report.facts |= {"model": lm.name, "dtype": str(lm.model.head_weight().dtype).removeprefix("torch.")}
+    report.facts |= {"model": lm.name, **identity(lm)}
     if report.cut:
         talk(report.cut)
     ledger = _run_folder(lm) / "ledger.json"

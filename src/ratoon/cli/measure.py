@@ -51,7 +51,7 @@ def measure_run(run: Run, task: Task[Any], parts: Parts, *, language: str, talk:
         lm, task, parts.test, language=language, too_long=too_long_of(lm),
         seen_places=parts.seen_test_places, progress=progress("records"),
     )  # fmt: skip
-    report.facts |= {"model": run.name, "seconds": time.perf_counter() - began, "dtype": dtype}
+    report.facts |= {"model": run.name, "seconds": time.perf_counter() - began, **identity(lm)}
     ledger = run.folder / "ledger.json"
     if ledger.is_file():
         report.facts["ledger"] = json.loads(ledger.read_text(encoding="utf-8"))
@@ -59,6 +59,36 @@ def measure_run(run: Run, task: Task[Any], parts: Parts, *, language: str, talk:
     for sentence in lines(report):
         talk(sentence)
     return summary(report)
+
+
+def identity(lm: LanguageModel) -> dict[str, Any]:
+    """Which weights answered, on what, in which type they computed and by which code: equal ones answer the same."""
+    from ratoon import __version__
+    from ratoon.store.artifact import read_manifest
+
+    manifest, weight = read_manifest(Path(str(lm.facts["path"]))), lm.model.head_weight()
+    return {
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": weight.device.type,
+        "model_hash": manifest.hash,
+        "ratoon": __version__,
+    }
+
+
+def kept_of(folder: Path, lm: LanguageModel, task: Task[Any], records: Sequence[Any]) -> list[Prediction] | None:
+    """What the model answered to these records when it was measured into `folder`; None where it was not, or was not
+    this model, computing in this type."""
+    from ratoon.evaluate.kept import kept_predictions
+
+    facts, lines = folder / "evaluation.json", folder / "predictions.jsonl"
+    if not facts.is_file() or not lines.is_file():
+        return None
+    found = json.loads(facts.read_text(encoding="utf-8"))
+    wanted = identity(lm) | {"task": task.kind, "task_version": task.version}
+    if any(found.get(key) != value for key, value in wanted.items()):
+        return None
+    rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    return kept_predictions(task, rows, records)
 
 
 def write_report(

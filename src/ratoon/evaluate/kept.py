@@ -1,8 +1,8 @@
 """Figures counted anew from the predictions that a run kept, so that runs can be compared long after they ended.
 
-Decides what a line of predictions.jsonl must hold for that, and how several runs count as one (their mean, over one
-draw of the records). What is counted is `task.py`'s, how two are compared `metrics/value.py`'s; the files are read by
-whoever asks.
+Decides what a line of predictions.jsonl must hold for that, when kept predictions stand for a model's answers, and how
+several runs count as one (their mean, over one draw of the records). What is counted is `task.py`'s, how two runs are
+compared `metrics/value.py`'s; the files are read by whoever asks.
 """
 
 from __future__ import annotations
@@ -37,6 +37,37 @@ def counted_again(task: Task[Any], lines: Sequence[Mapping[str, Any]], language:
     ]
     drawing = {} if task.measure == "perplexity" else {"resamples": 1}
     return measure(task, predictions, language, expected=[line["expected"] for line in lines], **drawing)
+
+
+def kept_predictions(
+    task: Task[Any], lines: Sequence[Mapping[str, Any]], records: Sequence[Any]
+) -> list[Prediction] | None:
+    """The predictions of lines of predictions.jsonl, as they were given to these records; None where they were given to
+    other ones, or do not hold what is needed."""
+    if len(lines) != len(records):
+        return None
+    found = []
+    for line, record in zip(lines, records, strict=True):
+        same = line.get("place") == record.place and line.get("input") == task.text(record)
+        if not same or "answer" not in line or _tuples(line.get("expected")) != _tuples(task.expected(record)):
+            return None
+        probabilities = line.get("probabilities")
+        found.append(
+            Prediction(
+                record,
+                _tuples(line["answer"]),
+                None if probabilities is None else tuple(probabilities),
+                line.get("text"),
+                line.get("nats"),
+                int(line.get("tokens", 0)),
+                int(line.get("cut_tokens", 0)),
+            )
+        )
+    return found
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(one) for one in value) if isinstance(value, list | tuple) else value
 
 
 def averaged(parts: Sequence[Measured], name: str) -> Measured:

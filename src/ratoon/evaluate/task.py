@@ -27,6 +27,8 @@ from ratoon.tasks.example import Example
 Progress = Callable[[int, int], None]
 READ_TOKENS = 256
 """Sentences of a document that are read together, where the model does not say what it learned with."""
+PROBABILITY_DIGITS = 6
+"""Places of probabilities that are kept, and measured: so a kept prediction comes to what it came to."""
 ROW_TOKENS = 4096
 """Places of the rows that are read at once: many short records share them."""
 
@@ -57,7 +59,7 @@ class Prediction:
             "answer": _plain(self.answer),
         }
         if self.probabilities is not None:
-            facts["probabilities"] = [round(float(one), 6) for one in self.probabilities]
+            facts["probabilities"] = [round(float(one), PROBABILITY_DIGITS) for one in self.probabilities]
         if self.text is not None:
             facts["text"] = self.text
         if self.tokens:
@@ -120,8 +122,9 @@ def evaluate_task(
     seen_places: set[str] | frozenset[str] = frozenset(),
     sampling: Sampling | None = None,
     progress: Progress | None = None,
+    kept: list[Prediction] | None = None,
 ) -> TaskReport:
-    """Put `records` to the model and measure the answers.
+    """Put `records` to the model and measure the answers; or measure `kept` ones, which it gave to them before.
 
     `seen_places`: places of records that also stand in training; if there are any, everything is measured without them
     too. Raises `DataError` when there is no record, or one does not fit the model.
@@ -130,7 +133,9 @@ def evaluate_task(
         raise DataError("there is no record to measure on", where="data.test", fix="name files with rows of the task")
     for record in records:
         task.check(record)
-    predictions = predict(lm, task, records, too_long=too_long, sampling=sampling, progress=progress)
+    predictions = kept
+    if predictions is None:
+        predictions = predict(lm, task, records, too_long=too_long, sampling=sampling, progress=progress)
     cut = [one.cut_tokens for one in predictions if one.cut_tokens]
     clean = [one for one in predictions if one.record.place not in seen_places]
     copies = len(predictions) - len(clean)
@@ -424,7 +429,9 @@ def measure(
     answers = [one.answer for one in predictions]
     labels = list(getattr(task, "labels", ()))
     given = [one.probabilities for one in predictions]
-    probabilities = None if any(one is None for one in given) else np.asarray(given, dtype=np.float64)
+    probabilities = None
+    if all(one is not None for one in given):
+        probabilities = np.round(np.asarray(given, dtype=np.float64), PROBABILITY_DIGITS)
     if task.measure == "classification":
         from ratoon.evaluate.metrics.classification import classification
 
