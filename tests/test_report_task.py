@@ -477,6 +477,20 @@ def test_the_tables_are_plain_text_unless_colour_is_wanted(folders: dict[str, Pa
 # -- wording -----------------------------------------------------------------------------------------------------------
 
 
+def test_what_stands_beside_a_model_has_its_chinese() -> None:
+    from ratoon.evaluate.floor.run import FLOORS
+    from ratoon.text.perturb import PERTURBATIONS
+
+    told = {way.what for shapes in FLOORS.values() for ways in shapes.values() for way in ways}
+    told |= {one.what for one in PERTURBATIONS.values()}
+    told |= {"untrained, the same tokens", "untrained, the same prompts and decoding"}
+    told |= {"untrained, the label of the highest mean log-likelihood per token after “{text}\\nLabel:”"}
+    for one in told:
+        chinese = task_phrases.note_words(one, "zh")
+        assert re.search("[\u4e00-\u9fff]", chinese) and not re.search(r"\bthe\b|\bof\b", chinese), one
+        assert task_phrases.note_words(one, "en") == one
+
+
 def test_both_languages_take_the_same_values_and_no_phrase_is_idle() -> None:
     source = Path(task_phrases.__file__).parent
     code = "".join(

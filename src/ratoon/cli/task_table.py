@@ -168,7 +168,7 @@ def _floors(found: Evaluation, language: Language) -> Table | None:
         if main.value is not None and one.main.value is not None:
             ahead = signed((main.value - one.main.value) * (1 if main.higher_is_better else -1), main.value)
         time = "–" if one.seconds is None else duration(one.seconds, language)
-        rows.append([one.name, one.what, shown(one.main.value), _between(one.main), ahead, time])
+        rows.append([one.name, note_words(one.what, language), shown(one.main.value), _between(one.main), ahead, time])
     keys = ("col_95", "col_ahead", "col_seconds")
     head = [phrase("col_predictor", language), "", figure_name(main.name, language)]
     return table(phrase("h_floors", language), [*head, *(phrase(key, language) for key in keys)], rows, left=2)
@@ -186,7 +186,7 @@ def _base(found: Evaluation, language: Language) -> Table | None:
         sure = "" if paired.certain is None else phrase("certain_yes" if paired.certain else "certain_no", language)
     rows = [
         [phrase("this_model", language), "", shown(main.value), _between(main), "", "", "", ""],
-        [base.name, base.what, shown(base.main.value), _between(base.main), apart, ends, p, sure],
+        [base.name, note_words(base.what, language), shown(base.main.value), _between(base.main), apart, ends, p, sure],
     ]
     head = [phrase("col_predictor", language), "", figure_name(main.name, language)]
     head += [phrase(key, language) for key in ("col_95", "col_difference", "col_95", "col_p")]
