@@ -176,7 +176,8 @@ def test_what_the_suite_refuses(
 
 def test_two_test_files_have_two_submissions(tmp_path: Path) -> None:
     """TNEWS and WSC have the tests of both versions of the suite; the others one."""
-    for name in ("tnews_public/test.json", "tnews_public/test1.0.json.gz", "cluewsc2020/test1.0.json", "csl/test.json"):
+    for name in ("tnews_public/test.json", "tnews_public/test1.0.json.gz", "cluewsc2020/test1.0.json", "csl/test.json",
+                 "cmrc2018/cmrc2018_test_2k.json"):  # fmt: skip
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("", encoding="utf-8")
@@ -184,6 +185,7 @@ def test_two_test_files_have_two_submissions(tmp_path: Path) -> None:
     assert names["TNEWS"] == {"tnews10_predict.json": "test1.0.json.gz", "tnews11_predict.json": "test.json"}
     assert names["WSC"] == {"cluewsc10_predict.json": "test1.0.json"}
     assert names["CSL"] == {"csl_predict.json": "test.json"} and names["AFQMC"] == {}
+    assert names["CMRC2018"] == {"cmrc2018_predict.json": "cmrc2018_test_2k.json"}
 
 
 def test_the_files_of_the_shared_layout_are_found(shared_data: Path) -> None:

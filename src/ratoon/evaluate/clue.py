@@ -52,8 +52,12 @@ class Part:
 
     def tests(self, folder: Path) -> dict[str, Path]:
         """The test files below the suite's `folder` by the name of their submission, as far as they are there."""
-        found = {file: self._first(folder, [name]) for name, file in self.named_tests or (("test.json", self.file),)}
-        return {file: path for file, path in found.items() if path is not None}
+        found: dict[str, Path] = {}
+        for name, file in self.named_tests or (("test.json", self.file),):
+            path = self._first(folder, [name])
+            if path is not None:
+                found.setdefault(file, path)
+        return found
 
     def _first(self, folder: Path, names: Sequence[str]) -> Path | None:
         places = (folder / own / (name + end) for own in self.folders for name in names for end in ("", ".gz"))
@@ -71,7 +75,8 @@ PARTS = (
     Part("OCNLI", "clue-ocnli", "ocnli_50k_predict.json", "what follows from a sentence", ("ocnli_public", "ocnli")),
     Part("CMNLI", "clue-cmnli", "cmnli_predict.json", "the same, translated", ("cmnli_public", "cmnli")),
     Part("CMRC2018", "cmrc-zh", "cmrc2018_predict.json", "questions whose answer stands in a text",
-         ("cmrc2018_public", "cmrc2018")),
+         ("cmrc2018_public", "cmrc2018"),
+         (("test.json", "cmrc2018_predict.json"), ("cmrc2018_test_2k.json", "cmrc2018_predict.json"))),
     Part("CLUENER", "clue-cluener", "cluener_predict.json", "entities of ten kinds",
          ("cluener_public", "cluener2020", "cluener")),
 )  # fmt: skip

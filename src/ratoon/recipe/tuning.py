@@ -210,7 +210,8 @@ def _of_another_kind(table: dict[str, Any], overrides: Mapping[str, Any]) -> tup
             replaced.append(
                 Derived(f"{name}.{key}", None, f"it was set for {given.get('kind', 'full')}, not for {kind}")
             )
-        if name == "method" and table.get("train", {}).get("learning_rate") is not None:
+        train = table.get("train")
+        if name == "method" and isinstance(train, dict) and train.get("learning_rate") is not None:
             table = merge(table, {})
             del table["train"]["learning_rate"]
             if "train.learning_rate" not in overrides:
