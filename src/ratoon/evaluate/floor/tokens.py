@@ -19,7 +19,7 @@ class Counts:
     """How often a token was learned behind the `order` - 1 tokens before it, and behind fewer."""
 
     def __init__(self, train: Learned, order: int) -> None:
-        self.vocabulary, self.order = train.vocabulary, order
+        self.vocabulary = train.vocabulary
         self.behind: list[dict[tuple[int, ...], Counter[int]]] = [defaultdict(Counter) for _ in range(order)]
         for record in train.pieces:
             for ids, weight in record:
