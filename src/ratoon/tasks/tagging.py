@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -209,7 +210,8 @@ class Tagging(Task[Sentence]):
         return tuple(self.labels[int(label)] for label in best)
 
 
-def transitions(labels: Sequence[str]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+@cache
+def transitions(labels: tuple[str, ...]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Which labels (L,) may begin a text, and which (from, to) (L, L) may follow each other in IOB2: I-X behind B-X
     or I-X alone. An I-X without a B-X among the labels may stand anywhere."""
     import numpy as np
