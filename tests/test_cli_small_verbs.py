@@ -265,7 +265,8 @@ def test_recipes_shows_the_file_and_what_it_derives(name: str, verb: Any) -> Non
     said = verb("recipes", name)
     assert said.code == 0
     assert yaml.safe_load(said.out) == yaml.safe_load(shipped()[name].read_text(encoding="utf-8"))
-    assert f"next: ratoon pretrain {name}" in said.err and "licence: " in said.err and "derived train.seed" in said.err
+    assert f"next: ratoon pretrain {name}" in said.err and "derived train.seed" in said.err
+    assert ("licence: " in said.err) == ("corpus" in read_table(name)[0]["data"])  # files of one's own have their own
     found = verb("recipes", "show", name, "--json").json
     assert found["recipe"]["name"] == name
     assert {one["key"] for one in found["derived"]} >= {"train.seed"}
@@ -625,6 +626,21 @@ def test_tokenizer_train_leaves_an_artifact(verb: Any, own_folder: Path) -> None
     said = verb("tokenizer", "train", "book.txt", "--vocab-size", "9000", "--out", "tok", "--replace")
     assert said.code == 0 and said.out == "tok\n" and "not 9,000" in said.err
     assert verb("tokenizer", "train", "book.txt", "--vocab-size", "100", "--out", "no").code == 2
+
+
+def test_split_han_reaches_every_tokenizer_that_is_trained(verb: Any, own_folder: Path) -> None:
+    Path("zh.txt").write_text("".join(f"一个人坐在门口{i}。\n" for i in range(80)), encoding="utf-8")
+    plain = ["zh.txt", "--vocab-size", "300", "--split-documents", "lines"]
+    for name, verbs in (("tok", ["tokenizer", "train"]), ("data", ["prepare"])):
+        for out, option in ((name, []), (f"{name}-alone", ["--split-han"])):
+            assert verb(*verbs, *plain, *option, "--out", out).code == 0
+            tokenizer = Tokenizer.load(Path(out) / "tokenizer" if name == "data" else out)
+            assert (len(tokenizer.encode("一个人")) == 3) == bool(option)
+    Path("r.yaml").write_text(
+        "data: {sources: [zh.txt], split_documents: lines, vocab_size: 300}\nmodel: {size: tiny}\ntrain: {steps: 1}\n"
+    )
+    said = [verb("plan", "r.yaml", "--json", f"data.split_han={value}").json for value in ("false", "true")]
+    assert said[0]["data"] != said[1]["data"]
 
 
 def test_tokenizer_train_says_what_it_left_out(verb: Any, own_folder: Path) -> None:

@@ -94,6 +94,7 @@ ROW_FILES: dict[str, Callable[[Path], Path]] = {
     "jsonl.zst": lambda folder: put(folder / "a.jsonl.zst", zstd(jsonl([{"text": text} for text in TEXTS]))),
     "ndjson of strings": lambda folder: put(folder / "a.ndjson", jsonl(TEXTS)),
     "json": lambda folder: put(folder / "a.json", json.dumps([{"text": text} for text in TEXTS])),
+    "json of lines": lambda folder: put(folder / "a.json", jsonl([{"id": 1, "text": text} for text in TEXTS])),
     "csv": lambda folder: put(folder / "a.csv", table([["id", "text"], *(["1", text] for text in TEXTS)])),
     "csv.gz": lambda folder: put(folder / "a.csv.gz", gzip.compress(table([["text"], *([text] for text in TEXTS)]))),
     "tsv": lambda folder: put(folder / "a.tsv", table([["text", "x"], *([text, ""] for text in TEXTS)], "\t")),

@@ -62,11 +62,28 @@ def test_a_tokenizer_of_real_english_and_chinese(bilingual: Tokenizer, real_text
     assert " the" in words and "一个" in words
 
 
+def test_each_chinese_character_alone(real_texts: dict[str, str], bilingual: Tokenizer, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train([real_texts["en"][:300_000], real_texts["zh"]], vocab_size=6000, split_han=True)
+    words = [tokenizer.core.decode([number]) for number in range(tokenizer.vocab_size)]
+    assert max(sum("一" <= character <= "鿿" for character in word) for word in words) == 1
+    assert " the" in words and "一" in words and tokenizer.hash != bilingual.hash
+    text = "一个人坐在门口，the old man said：今天12点。"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("一个人坐在门口")) == 7 > len(bilingual.encode("一个人坐在门口"))
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).encode(text) == tokenizer.encode(text)
+
+
+@cache
+def alone() -> Tokenizer:
+    return Tokenizer.train(corpus(), vocab_size=700, split_han=True)
+
+
 @quick
 @given(any_text)
 @example("".join(HARD))
 def test_any_unicode_comes_back(text: str) -> None:
-    for tokenizer in (trained(), bytes_only()):
+    for tokenizer in (trained(), alone(), bytes_only()):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids, skip_special=False) == text == tokenizer.decode(ids)
         assert not tokenizer.special_ids & set(ids)

@@ -203,7 +203,7 @@ def _bytes_a_token(recipe: Recipe, sample: list[str], sampled: int) -> tuple[flo
     if name is not None:
         tokenizer, which = tokenizer_of(name), f"the tokenizer of {name}"
     else:
-        tokenizer = Tokenizer.train(iter(sample), vocab_size=recipe.data.vocab_size)
+        tokenizer = Tokenizer.train(iter(sample), vocab_size=recipe.data.vocab_size, split_han=recipe.data.split_han)
         which = "a tokenizer trained on that sample"
     tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(sample))  # and the separator
     found = sampled / max(1, tokens)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The folder to write.")
 @click.option("--tokenizer", metavar="MODEL", help="The tokenizer of that folder or model; absent: one is trained.")
 @click.option("--vocab-size", type=int, help="Tokens of the tokenizer that is trained; 4096 if not given.")
+@click.option("--split-han", is_flag=True, default=None, help="Every Chinese character is a token of its own.")
 @click.option("--held-out-fraction", type=float, help="Share of the documents never trained on; 0.05 if not given.")
 @click.option(
     "--split-documents",
@@ -116,6 +117,7 @@ def prepare_as_told(
         out,
         tokenizer=tokenizer,
         vocab_size=data.vocab_size,
+        split_han=data.split_han,
         held_out_fraction=data.held_out_fraction,
         reading=reading_of(data),
         min_characters=data.min_characters,

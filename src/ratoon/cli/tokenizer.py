@@ -58,6 +58,7 @@ def command() -> None:
 @command.command("train")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE…")
 @click.option("--vocab-size", type=int, required=True, help="Tokens, the 256 bytes and the special ones included.")
+@click.option("--split-han", is_flag=True, default=None, help="Every Chinese character is a token of its own.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The folder to write.")
 @click.option("--split-documents", metavar="HOW", help="As in `ratoon prepare`.")
 @click.option("--field", help="The field of rows that holds the text; recognised if not given.")
@@ -95,7 +96,7 @@ def train(sources: tuple[str, ...], vocab_size: int, out: Path, replace: bool, a
             yield document.text
 
     with atomic_folder(out, replace=replace) as folder:
-        tokenizer = Tokenizer.train(texts(), vocab_size=vocab_size)
+        tokenizer = Tokenizer.train(texts(), vocab_size=vocab_size, split_han=data.split_han)
         tokenizer.save(folder)
         seal(folder, "tokenizer", facts={"hash": tokenizer.hash, **counted}, packages=("tokenizers",))
     talk(f"{tokenizer.vocab_size:,} tokens from {counted['documents']:,} documents, {counted['bytes']:,} bytes")

@@ -68,6 +68,7 @@ def prepare(
     *,
     tokenizer: Tokenizer | None = None,
     vocab_size: int = 4096,
+    split_han: bool = False,
     held_out_fraction: float = 0.05,
     reading: Reading | None = None,
     min_characters: int = 0,
@@ -77,10 +78,10 @@ def prepare(
 ) -> Prepared:
     """Prepare `sources` (files and folders, or a callable giving documents) into the folder `out`.
 
-    Without a `tokenizer` one of `vocab_size` is trained on the training part. A document whose text stood before, but
-    for white space at its ends, is a duplicate; which ones are held out depends on `seed` and the text alone. Raises
-    `DataError` for what cannot be read or is too little; `StorageError` when the disk refuses or `out` stands already.
-    `out` appears whole or not at all.
+    Without a `tokenizer` one of `vocab_size` is trained on the training part (`split_han`: see `Tokenizer.train`). A
+    document whose text stood before, but for white space at its ends, is a duplicate; which ones are held out depends
+    on `seed` and the text alone. Raises `DataError` for what cannot be read or is too little; `StorageError` when the
+    disk refuses or `out` stands already. `out` appears whole or not at all.
     """
     out = Path(out)
     if not 0 <= held_out_fraction < 1:
@@ -107,7 +108,8 @@ def prepare(
 
     decisions = _decide(source, held_out_fraction, min_characters, seed, progress)
     if tokenizer is None:
-        tokenizer = Tokenizer.train(_training_texts(source, decisions, progress), vocab_size=vocab_size)
+        texts = _training_texts(source, decisions, progress)
+        tokenizer = Tokenizer.train(texts, vocab_size=vocab_size, split_han=split_han)
     with atomic_folder(out, replace=replace) as folder:
         (folder / "tokenizer").mkdir()
         tokenizer.save(folder / "tokenizer")

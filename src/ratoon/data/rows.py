@@ -25,13 +25,14 @@ from ratoon.data.values import (
     Value,
     check_encoding,
     decode,
+    first_lines,
+    is_one_a_line,
     json_file,
     json_lines,
     line_encoding,
     lines,
     lines_of_text,
     numbered,
-    open_file,
     parquet,
     place,
     reading_errors,
@@ -151,7 +152,7 @@ def kind_of(path: Path, reading: RowReading) -> Kind:
         kind = BY_SUFFIX.get(suffix_of(path), "lines")
         if kind in ("lines", "tsv") and _looks_like_conll(path, reading):
             kind = "conll"
-        elif kind == "json" and _is_one_a_line(path, reading):
+        elif kind == "json" and is_one_a_line(path, reading):
             kind = "jsonl"
     for name, kinds in (("separator", ("lines",)), ("part", ("json", "squad"))):
         if getattr(reading, name) is not None and kind not in kinds:
@@ -164,20 +165,10 @@ def kind_of(path: Path, reading: RowReading) -> Kind:
     return kind
 
 
-def _head(path: Path, reading: RowReading, count: int) -> list[str]:
-    """The first lines of a file that are not blank; what is no text in them is of no matter here."""
-    with open_file(path) as handle:
-        if line_encoding(reading) == reading.encoding:
-            raw = [line.decode(reading.encoding, "replace") for line in itertools.islice(handle, count)]
-        else:
-            raw = handle.read().decode(reading.encoding, "replace").splitlines()[:count]
-    return [line.lstrip("\ufeff").rstrip("\r\n") for line in raw if line.strip()]
-
-
 def _looks_like_conll(path: Path, reading: RowReading) -> bool:
     if reading.columns and not {"word", "tag"} <= set(reading.columns):
         return False
-    head = _head(path, reading, LOOKED_AT_LINES)
+    head = first_lines(path, reading, LOOKED_AT_LINES)
     if any(line.startswith("-DOCSTART-") for line in head):
         return True
     cells = [_cells(line) for line in head]
@@ -187,15 +178,6 @@ def _looks_like_conll(path: Path, reading: RowReading) -> bool:
         and all(_TAG.fullmatch(row[-1]) for row in cells)
         and any(row[-1] != "O" for row in cells)
     )
-
-
-def _is_one_a_line(path: Path, reading: RowReading) -> bool:
-    """Whether a .json file holds one object a line, as CLUE's do."""
-    head = _head(path, reading, 2)
-    try:
-        return len(head) == 2 and isinstance(json.loads(head[0]), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 # -- one reader for each kind of file ----------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from ratoon.data.values import (
     Value,
     check_encoding,
     decode,
+    is_one_a_line,
     json_file,
     json_lines,
     numbered,
@@ -154,7 +155,7 @@ def _read_one(path: Path, reading: Reading, ledger: Ledger) -> Iterator[Document
         rows = parquet(path, lambda names: _columns(names, reading))
     elif suffix in TABLES:
         rows = table(path, reading, ledger.leave_out, "\t" if suffix == ".tsv" else ",")
-    elif suffix == ".json":
+    elif suffix == ".json" and not is_one_a_line(path, reading):
         rows = _list(path, reading)
     else:
         rows = json_lines(path, reading, ledger.leave_out)

@@ -11,6 +11,7 @@ import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import zlib
@@ -261,6 +262,25 @@ def json_file(path: Path, opening: Opening) -> Any:
         raise DataError(
             f"not readable as JSON: {error}", where=where, expected="a list of objects", fix="mend the file"
         ) from None
+
+
+def first_lines(path: Path, reading: Opening, count: int) -> list[str]:
+    """The first lines of a file that are not blank; what is no text in them is of no matter here."""
+    with open_file(path) as handle:
+        if line_encoding(reading) == reading.encoding:
+            raw = [line.decode(reading.encoding, "replace") for line in itertools.islice(handle, count)]
+        else:
+            raw = handle.read().decode(reading.encoding, "replace").splitlines()[:count]
+    return [line.lstrip("\ufeff").rstrip("\r\n") for line in raw if line.strip()]
+
+
+def is_one_a_line(path: Path, reading: Opening) -> bool:
+    """Whether a .json file holds one object a line, as CLUE's do."""
+    head = first_lines(path, reading, 2)
+    try:
+        return len(head) == 2 and isinstance(json.loads(head[0]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def numbered(rows: list[Any]) -> Iterator[Value]:

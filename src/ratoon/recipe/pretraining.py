@@ -45,6 +45,11 @@ class DataSettings(Settings):
     vocab_size: int = Field(
         4096, ge=259, description="tokens of the tokenizer that is trained; read without `tokenizer`"
     )
+    split_han: bool = Field(
+        False,
+        description="every Chinese character is a token of its own, for tags and answers that begin at any character; "
+        "read without `tokenizer`",
+    )
     held_out_fraction: float = Field(0.05, gt=0, lt=0.9, description="share of the documents that is never trained on")
     split_documents: str | None = Field(
         None,

@@ -73,8 +73,11 @@ class Tokenizer:
         vocab_size: int,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
         min_frequency: int = 2,
+        split_han: bool = False,
     ) -> Tokenizer:
         """Byte-level BPE of at most `vocab_size` tokens, the 256 bytes and the special ones included.
+
+        With `split_han` no token holds more than one Chinese (or Japanese) character, as in BERT's vocabularies.
 
         Equal texts in equal order give equal ids. Raises `ConfigError` when `vocab_size` has no room for those.
         """
@@ -85,7 +88,7 @@ class Tokenizer:
                 where="vocab_size",
                 expected=f"at least {smallest}",
             )
-        core = _byte_level(BPE())
+        core = _byte_level(BPE(), split_han)
         trainer = BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=min_frequency,
@@ -368,11 +371,12 @@ def _surrogate(error: UnicodeEncodeError) -> DataError:
     )
 
 
-def _byte_level(model: BPE) -> Core:
+def _byte_level(model: BPE, split_han: bool) -> Core:
     core = Core(model)
+    words = WORDS.replace(f"[{_RUNS}]+", f"[{_RUNS}]") if split_han else WORDS
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(words), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
