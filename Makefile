@@ -1,6 +1,8 @@
 # `make quickstart` and `make test` are each enough on a fresh machine with Python 3.10 or newer.
 PYTHON ?= python3
 VENV ?= .venv
+# Two processes of one thread each: tests are small, and threads that wait for a busy core are slow.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -10,7 +12,7 @@ quickstart: $(VENV)/.ready
 	$(BIN)/ratoon quickstart
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .

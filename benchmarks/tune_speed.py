@@ -4,7 +4,7 @@
     python benchmarks/tune_speed.py --questions banking77/train.csv --method lora
 
 `--text`: running text, rows of 256 tokens, 8 a step. `--questions`: a csv with `text` and `category`; real tokens are
-counted, not padding. The model is `smollm2-135m-instruct` of the catalogue (`ratoon pull`); the peer reads it as a
+counted, not padding. `ratoon int8` has `train.frozen_products: int8`. The model is `smollm2-135m-instruct` of the catalogue (`ratoon pull`); the peer reads it as a
 folder that is exported first. Prints a table in Markdown; `--json FILE` keeps every figure.
 """
 
@@ -55,8 +55,10 @@ def main() -> None:
             told = {"way": "peer", "precision": precision, "allocator": name.endswith("-tuned")}
             print(f"starting peer {name}", file=sys.stderr, flush=True)
             workers.append(Worker(f"peer {name}", "tune_worker.py", {**common, **told}))
-        print("starting ratoon", file=sys.stderr, flush=True)
-        workers.append(Worker("ratoon", "tune_worker.py", {**common, "way": "ratoon"}))
+        for name in ["ratoon", *(["ratoon int8"] if chosen.method == "lora" else [])]:
+            print(f"starting {name}", file=sys.stderr, flush=True)
+            products = "int8" if name.endswith("int8") else "exact"
+            workers.append(Worker(name, "tune_worker.py", {**common, "way": "ratoon", "products": products}))
         units = {}
         for worker in workers:
             first = worker.go(2)
@@ -71,17 +73,21 @@ def report(chosen: Any, workers: list[Worker], speeds: dict[str, list[float]]) -
     """The table, and every figure as JSON where that is asked for."""
     found: list[dict[str, Any]] = []
     common = min(COMMON_STEPS, *(len(worker.facts.get("losses", [])) for worker in workers))
-    print("| way | tokens/s | ratoon against it | peak MiB | ratoon's share | mean loss of steps 1 to N |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print(
+        "| way | tokens/s | ratoon against it | ratoon int8 | peak MiB | ratoon's share | mean loss of steps 1 to N |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    last = workers[-1].name
     ours = next(worker for worker in workers if worker.name == "ratoon")
     for worker in workers:
         middle, low, high = ratio(speeds, "ratoon", worker.name)
+        other = "{:.2f} ({:.2f}-{:.2f})".format(*ratio(speeds, last, worker.name)) if last != "ratoon" else ""
         losses = worker.facts.get("losses", [])[:common]
         loss = statistics.mean(losses) if losses else float("nan")
         peak = worker.facts["peak_bytes"]
         share = ours.facts["peak_bytes"] / peak
         print(
-            f"| {worker.name} | {statistics.median(speeds[worker.name]):,.0f} | {middle:.2f} ({low:.2f}-{high:.2f}) | "
+            f"| {worker.name} | {statistics.median(speeds[worker.name]):,.0f} | {middle:.2f} ({low:.2f}-{high:.2f}) | {other} | "
             f"{peak / 2**20:,.0f} | {share:.2f} | {loss:.4f} (N = {common}) |"
         )
         found.append({"name": worker.name, "speeds": speeds[worker.name], "ratio": middle, "peak_bytes": peak,

@@ -123,7 +123,7 @@ def ratoon(options: dict[str, Any]) -> None:
     settings = TrainSettings(
         steps=10**9, rows=2 if short else ROWS, context_tokens=TOKENS, optimizer="adamw", schedule="constant",
         learning_rate=LEARNING_RATE[options["method"]], weight_decay=0.0, beta2=0.999, log_every_steps=1,
-        moments="float32" if lora else "bfloat16",
+        moments="float32" if lora else "bfloat16", frozen_products=options.get("products", "exact"),
         checkpoint_every_minutes=1e6,
     )  # fmt: skip
 

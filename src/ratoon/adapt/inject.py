@@ -22,7 +22,7 @@ from ratoon.base.errors import ArtifactError, ConfigError
 from ratoon.base.settings import Settings
 from ratoon.model.family import Rule
 from ratoon.model.heads import weights_of
-from ratoon.model.transformer import Linear, Site, Transformer, is_plain, linear
+from ratoon.model.transformer import Linear, Site, Transformer, is_plain, side_by_side
 
 Kind = Literal["q", "k", "v", "o", "gate", "up", "down", "cross_q", "cross_k", "cross_v", "cross_o"]
 
@@ -68,8 +68,7 @@ def can_join(layers: Sequence[nn.Module], kind: type[Adapted]) -> bool:
 
 def joined_base(layers: Sequence[nn.Module], x: Tensor, *, with_bias: bool = True) -> Tensor:
     """What the bases of some layers give for one input, side by side: one product."""
-    weights: list[Tensor] = [_base(layer).weight for layer in layers]
-    return linear(x, torch.cat(weights), joined_bias(layers) if with_bias else None)
+    return side_by_side([_base(layer) for layer in layers], x, joined_bias(layers) if with_bias else None)
 
 
 def joined_bias(layers: Sequence[nn.Module]) -> Tensor | None:

@@ -42,7 +42,7 @@ from ratoon.adapt.inject import (
 )
 from ratoon.base.seeds import derive
 from ratoon.base.settings import build
-from ratoon.model.transformer import Linear, Transformer
+from ratoon.model.transformer import Linear, Transformer, side_by_side
 
 
 class LoraSettings(SiteSettings):
@@ -163,7 +163,7 @@ class DoraLinear(LoraLinear):
         return (self.square_O + (inner_OR * up_OR).sum(1)).clamp(min=0).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._with_gain(x, F.linear(x, self.base.weight))
+        return self._with_gain(x, side_by_side((self.base,), x, None))
 
     def after(self, x: Tensor, h: Tensor) -> Tensor:
         return self._with_gain(x, h if self.base.bias is None else h - self.base.bias)

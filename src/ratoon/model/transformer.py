@@ -12,6 +12,7 @@ Letters at the end of a tensor's name are its axes:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ratoon.model import fused
+from ratoon.model import fused, int8
 from ratoon.model.activations import ACTIVATIONS, gelu_tanh
 from ratoon.model.attention import attend, visible
 from ratoon.model.cache import Cache
@@ -37,15 +38,42 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer that starts as NaN: weights that nobody set are heard at once."""
+    """A linear layer that starts as NaN: weights that nobody set are heard at once.
+
+    With `codes` (out, in) and `scale` (out,) it computes with these in place of its weight (`int8.py`).
+    """
+
+    codes: Tensor | None
+    scale: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.register_buffer("codes", None, persistent=False)
+        self.register_buffer("scale", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.codes is not None:
+            return side_by_side((self,), x, self.bias)
         return linear(x, self.weight, self.bias)
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, float("nan"))
         if self.bias is not None:
             nn.init.constant_(self.bias, float("nan"))
+
+
+def side_by_side(layers: Sequence[Linear], x: Tensor, bias: Tensor | None) -> Tensor:
+    """What some layers give for one input, side by side: one product of their weights, or of their codes."""
+    codes = [layer.codes for layer in layers if layer.codes is not None]
+    if not codes:
+        weights = [layer.weight for layer in layers]
+        return linear(x, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
+    if len(codes) == len(layers):
+        scales = [layer.scale for layer in layers if layer.scale is not None]
+        h = int8.product(x, *((codes[0], scales[0]) if len(codes) == 1 else (torch.cat(codes), torch.cat(scales))))
+    else:
+        h = torch.cat([side_by_side((layer,), x, None) for layer in layers], dim=-1)
+    return h if bias is None else h + bias
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -120,7 +148,7 @@ class MLP(nn.Module):
         """act(up x)."""
         up = self.up
         if self.act is gelu_tanh and is_plain(up) and up.out_features % 16 == 0 and fused.runs_on(x_BTD):
-            return fused.gelu_tanh(F.linear(x_BTD, up.weight), up.bias)
+            return fused.gelu_tanh(side_by_side((up,), x_BTD, None), up.bias)
         hidden_BTF: Tensor = self.act(up(x_BTD))
         return hidden_BTF
 
@@ -252,9 +280,7 @@ class Attention(nn.Module):
                     return joined
             return torch.cat([layer(x_BTD) for layer in layers], dim=-1)
         biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-        bias = torch.cat(biases) if biases else None
-        weight: Tensor = torch.cat((self.q.weight, self.k.weight, self.v.weight))
-        return linear(x_BTD, weight, bias)
+        return side_by_side(layers, x_BTD, torch.cat(biases) if biases else None)
 
     def _place(self, q_BTHC: Tensor, k_BTKC: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
         """Norm and turn queries and keys, in the order of the settings."""

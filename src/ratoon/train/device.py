@@ -37,12 +37,13 @@ PATIENCE_HOURS = 12
 @dataclass(frozen=True)
 class Place:
     """A device and a precision: `work` is the type of the weights the model computes with, `autocast` the lower one
-    used inside operations, if any."""
+    used inside operations, if any; `products`: those with frozen matrices, exact or int8."""
 
     device: torch.device
     precision: str
     work: torch.dtype
     autocast: torch.dtype | None
+    products: str = "exact"
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -77,7 +78,7 @@ def find_place(settings: TrainSettings) -> Place:
         precision = "bf16" if fast_dtype() == "bfloat16" else "float32"
     work = torch.bfloat16 if precision == "bf16" else torch.float32
     low = {"autocast-bf16": torch.bfloat16, "autocast-fp16": torch.float16}.get(precision)
-    return Place(device, precision, work, low)
+    return Place(device, precision, work, low, settings.frozen_products)
 
 
 class World:

@@ -21,6 +21,7 @@ from ratoon.adapt.contract import Method, Moment
 from ratoon.base.errors import ArtifactError, ConfigError, NumericError
 from ratoon.base.seeds import derive
 from ratoon.data.batch import Batch
+from ratoon.model import int8
 from ratoon.model.allocator import Kept, release_freed, tune_allocator
 from ratoon.model.encoder_decoder import AnyModel
 from ratoon.model.transformer import Transformer
@@ -108,7 +109,7 @@ def train(
         session = _Session(model, loader, settings, run, objective, hooks or Hooks(), parents or [], world, method)
         session.trunk = trunk
         if trunk is not None:
-            (hooks or Hooks()).talk(trunk.open(model.cfg.width, session.place.work))
+            (hooks or Hooks()).talk(trunk.open(model.cfg.width, session.place.work, session.place.products))
         try:
             if resume:
                 session.resume()
@@ -186,6 +187,7 @@ class _Session:
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(self.place.work)
         low = torch.bfloat16 in (self.place.work, self.place.autocast)
+        rounded = int8.round_frozen(model) if self.place.products == "int8" else None
         self.optimizer = Optimizer(self.weights, settings, torch.bfloat16 if low else torch.float32)
         release_freed()
         model.recompute_blocks = settings.recompute_blocks
@@ -208,6 +210,8 @@ class _Session:
         self.last: Record = {}
         if world.first:
             hooks.talk(f"{self.place.device}, {self.place.precision}; {allocator}")
+            if rounded is not None:
+                hooks.talk(rounded)
             hooks.talk(compile_model(model, settings))
             if settings.recompute_blocks:
                 hooks.talk("blocks are computed again in the backward pass: less memory, a third more arithmetic")
@@ -591,6 +595,7 @@ class _Session:
 
     def finish(self) -> None:
         """Give the model its float32 masters, and frozen parameters as they came."""
+        int8.unround(self.model)
         for name, parameter in self.model.named_parameters():
             own = name in self.weights.slots
             parameter.data = self.weights.copied(name) if own else self.frozen[name].to(self.place.device)

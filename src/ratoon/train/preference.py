@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from ratoon.base.errors import ArtifactError, ConfigError, DataError, NumericError
 from ratoon.data.examples import digest, in_order
 from ratoon.data.pack import Example
+from ratoon.model import int8
 from ratoon.model.likelihood import token_losses
 from ratoon.model.transformer import Transformer
 from ratoon.train.device import Place
@@ -346,9 +347,13 @@ def _reading(model: Transformer, place: Place | None) -> Iterator[torch.device]:
             model.to(place.device)
             for one in parameters:
                 one.data = one.data.to(place.work)
+            if place.products == "int8":
+                int8.round_frozen(model)
         with torch.no_grad(), place.computing() if place is not None else contextlib.nullcontext():
             yield device
     finally:
+        if place is not None and place.products == "int8":
+            int8.unround(model)
         model.to(began)
         for one, data in zip(parameters, kept, strict=True):
             one.data = data

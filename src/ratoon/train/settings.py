@@ -58,6 +58,11 @@ class TrainSettings(Settings):
         description="bf16: bfloat16 weights and activations with float32 master weights; autocast-…: float32 weights, "
         "lower precision inside; auto: bf16 where the processor multiplies it fast, else float32",
     )
+    frozen_products: Literal["exact", "int8"] = Field(
+        "exact",
+        description="products with frozen matrices of the blocks, forward and backward. int8: rows of both factors "
+        "rounded to 8 bits, up to twice as fast on a processor; what is learned, and the finished model, are not",
+    )
     compile: Literal["auto", "model", "blocks", "off"] = Field(
         "auto", description="torch.compile of the whole model or of its blocks; auto: where a compiler is, by size"
     )

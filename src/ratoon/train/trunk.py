@@ -80,8 +80,8 @@ class Trunk:
         self.have: np.memmap[Any, Any] | None = None
         self.reads = self.computed = 0
 
-    def open(self, width: int, dtype: torch.dtype) -> str:
-        """Make room for the rows of that width and type; returns a sentence on what was decided."""
+    def open(self, width: int, dtype: torch.dtype, products: str = "exact") -> str:
+        """Make room for the rows of that width and type, from such products; returns a sentence on what was decided."""
         rows, tokens = self.rows, self.tokens
         if self.folder is None or not self.layers:
             return f"the first {self.layers} blocks are frozen: computed without a gradient"
@@ -89,7 +89,7 @@ class Trunk:
         needed = rows * tokens * width * bytes_each
         about = f"{needed / 2**20:,.0f} MiB"
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        key = {**self.key, "rows": rows, "tokens": tokens, "width": width, "dtype": str(dtype)}
+        key = {**self.key, "rows": rows, "tokens": tokens, "width": width, "dtype": str(dtype), "products": products}
         told, data, marks = (self.folder / name for name in ("trunk.json", "trunk.bin", "have.bin"))
         known = told.is_file() and json.loads(told.read_text(encoding="utf-8")) == key
         known = known and data.is_file() and data.stat().st_size == needed and marks.is_file()
