@@ -4,8 +4,9 @@
     python benchmarks/tune_speed.py --questions banking77/train.csv --method lora
 
 `--text`: running text, rows of 256 tokens, 8 a step. `--questions`: a csv with `text` and `category`; real tokens are
-counted, not padding. `ratoon int8` has `train.frozen_products: int8`. The model is `smollm2-135m-instruct` of the catalogue (`ratoon pull`); the peer reads it as a
-folder that is exported first. Prints a table in Markdown; `--json FILE` keeps every figure.
+counted, not padding. `ratoon int8` has `train.frozen_products: int8`. The model is `smollm2-135m-instruct` of the
+catalogue (`ratoon pull`); the peer reads it as a folder that is exported first. Prints a table in Markdown; `--json
+FILE` keeps every figure.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def report(chosen: Any, workers: list[Worker], speeds: dict[str, list[float]]) -
     found: list[dict[str, Any]] = []
     common = min(COMMON_STEPS, *(len(worker.facts.get("losses", [])) for worker in workers))
     print(
-        "| way | tokens/s | ratoon against it | ratoon int8 | peak MiB | ratoon's share | mean loss of steps 1 to N |"
+        "| way | tokens/s | ratoon against it | ratoon int8 | peak MiB | ratoon's share | loss of steps 1 to N |"
     )
     print("|---|---:|---:|---:|---:|---:|---:|")
     last = workers[-1].name
@@ -87,8 +88,8 @@ def report(chosen: Any, workers: list[Worker], speeds: dict[str, list[float]]) -
         peak = worker.facts["peak_bytes"]
         share = ours.facts["peak_bytes"] / peak
         print(
-            f"| {worker.name} | {statistics.median(speeds[worker.name]):,.0f} | {middle:.2f} ({low:.2f}-{high:.2f}) | {other} | "
-            f"{peak / 2**20:,.0f} | {share:.2f} | {loss:.4f} (N = {common}) |"
+            f"| {worker.name} | {statistics.median(speeds[worker.name]):,.0f} | {middle:.2f} ({low:.2f}-{high:.2f}) | "
+            f"{other} | {peak / 2**20:,.0f} | {share:.2f} | {loss:.4f} (N = {common}) |"
         )
         found.append({"name": worker.name, "speeds": speeds[worker.name], "ratio": middle, "peak_bytes": peak,
                       "loss": loss, "steps": common})  # fmt: skip
