@@ -74,9 +74,7 @@ def report(chosen: Any, workers: list[Worker], speeds: dict[str, list[float]]) -
     """The table, and every figure as JSON where that is asked for."""
     found: list[dict[str, Any]] = []
     common = min(COMMON_STEPS, *(len(worker.facts.get("losses", [])) for worker in workers))
-    print(
-        "| way | tokens/s | ratoon against it | ratoon int8 | peak MiB | ratoon's share | loss of steps 1 to N |"
-    )
+    print("| way | tokens/s | ratoon against it | ratoon int8 | peak MiB | ratoon's share | loss of steps 1 to N |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     last = workers[-1].name
     ours = next(worker for worker in workers if worker.name == "ratoon")
