@@ -259,6 +259,9 @@ def test_generate_refuses(type_: Any, folder: Path, words: list[str], told: str)
 def test_what_is_no_model_and_what_is_no_text(type_: Any, folder: Path, own_folder: Path) -> None:
     code, _, err = type_("generate", "nothing", "x")
     assert code == 2 and "there is no model 'nothing'" in err
+    for name, makes in (("base-zh", True), ("clue-tnews", False), ("recipes/base-zh", False)):
+        code, _, err = type_("generate", name, "x")
+        assert code == 2 and (f"`ratoon pretrain {name}` makes the model" in err) == makes
     code, _, err = type_("generate", folder, "-", stdin=b"a\xff")
     assert code == 2 and "not UTF-8 at byte 1" in err
     write_model(load(folder).model, own_folder / "bare")

@@ -266,6 +266,8 @@ def locate(name: str | os.PathLike[str]) -> Path:
         if found is not None:
             return found
         tried.append(said)
+    if _is_recipe(text):
+        tried.append(f"the recipe of that name has not been run: `ratoon pretrain {text}` makes the model")
     near = _nearest(text)
     raise ArtifactError(
         f"there is no model '{text}': " + "; ".join(tried) + (f"; did you mean '{near}'?" if near else ""),
@@ -273,6 +275,16 @@ def locate(name: str | os.PathLike[str]) -> Path:
         expected="a run's name, a model folder, a GGUF file, or a name of the catalogue",
         fix="`ratoon runs` lists the runs, `ratoon pull --list` what can be fetched",
     )
+
+
+def _is_recipe(name: str) -> bool:
+    """Whether a recipe that ships makes a model of that name."""
+    from importlib import resources
+
+    import yaml
+
+    path = Path(str(resources.files("ratoon") / "recipes")) / f"{name}.yaml"
+    return Path(name).name == name and path.is_file() and "task" not in yaml.safe_load(path.read_text("utf-8"))
 
 
 def _holds_model(folder: Path) -> bool:
