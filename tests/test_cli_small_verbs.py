@@ -242,6 +242,7 @@ def test_recipes_lists_with_size_and_language(verb: Any) -> None:
     assert set(shipped()) <= lines.keys()
     assert "zh" in lines["reviews-zh"] and "7.4 MB" in lines["reviews-zh"]
     assert "smollm2-135m-instruct, 98.4 MB" in lines["continue-smollm2"]
+    assert lines["clue-cluener"].split()[4] == "base-zh" and lines["base-zh"].split()[5] == "nothing"
     found = {one["name"]: one for one in verb("recipes", "--json").json["recipes"]}
     assert found["reviews-zh"]["corpus"]["licence"] == catalog.ENTRIES["reviews-zh"].licence
     assert all(one["what"] for one in found.values())
@@ -256,6 +257,7 @@ def test_recipes_shows_one_of_fine_tuning(name: str, verb: Any) -> None:
     assert said.code == 0
     assert yaml.safe_load(said.out) == yaml.safe_load(shipped()[name].read_text(encoding="utf-8"))
     assert f"next: ratoon finetune {name}" in said.err
+    assert ("`ratoon pretrain base-zh` makes, to be run first" in said.err) == ("base: base-zh" in said.out)
     found = verb("recipes", "show", name, "--json").json
     assert found["recipe"]["name"] == name and found["task"] == found["recipe"]["task"]["kind"]
 

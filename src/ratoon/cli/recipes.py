@@ -30,7 +30,9 @@ def list_(as_json: bool) -> None:
     for one in found:
         text = f"{one['corpus']['name']}, {size_words(one['corpus']['bytes'])}" if one["corpus"] else "your own"
         text = one["task"] or text
-        start = f"{one['init']['name']}, {size_words(one['init']['bytes'])}" if one["init"] else "nothing"
+        start = (
+            f"{one['init']['name']}, {size_words(one['init']['bytes'])}" if one["init"] else one["base"] or "nothing"
+        )
         rows.append((one["name"], one["verb"], one["language"], text, start, one["what"]))
     answer("\n".join(aligned(rows, left=5)))
     talk("`ratoon recipes NAME` shows one, `ratoon pretrain NAME` or `ratoon finetune NAME` runs it")
@@ -54,6 +56,8 @@ def show(name: str, as_json: bool) -> None:
     for one in (found["corpus"], found["init"]):
         if one is not None:
             talk(f"{one['name']}: {one['what']}; {size_words(one['bytes'])}, licence: {one['licence']}")
+    if found["base"] in shipped():
+        talk(f"{found['base']}: what `ratoon pretrain {found['base']}` makes, to be run first")
     for derived in found["derived"]:
         talk(f"derived {derived['key']} = {derived['value']} ({derived['reason']})")
     talk(f"next: ratoon {found['verb']} {name}")
@@ -82,6 +86,7 @@ def facts(name: str) -> dict[str, Any]:
             "task": str(tuned.task.get("kind")),
             "corpus": None,
             "init": _catalogued(tuned.model.base),
+            "base": tuned.model.base,
         }
     recipe = load(name)
     return {
@@ -92,6 +97,7 @@ def facts(name: str) -> dict[str, Any]:
         "task": None,
         "corpus": _catalogued(recipe.data.corpus),
         "init": _catalogued(recipe.model.init),
+        "base": recipe.model.init,
     }
 
 
