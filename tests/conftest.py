@@ -17,6 +17,7 @@ hypothesis.settings.load_profile("steady")
 
 # Processes side by side (`pytest -n 2`) share the cores: what they start inherits this.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.pop("COLUMNS", None)  # theirs is said to be 80 wide
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 # A shell starts what runs in its background with Ctrl-C ignored; the tests of Ctrl-C need it as it is for a person.

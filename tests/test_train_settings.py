@@ -37,6 +37,7 @@ TOGGLED: dict[str, dict[str, Any]] = {
     "beta2": {"beta2": 0.9},
     "epsilon": {"epsilon": 1e-3},
     "moments": {"moments": "bfloat16"},
+    "frozen_products": {"frozen_products": "int8"},
     "momentum": {"momentum": 0.5},
     "clip_norm": {"clip_norm": 0.01},
     "schedule": {"schedule": "cosine"},
@@ -153,7 +154,7 @@ def test_a_setting_has_an_effect_or_is_said_to_have_none(world: str, name: str) 
 COMPUTES = {
     "steps", "budget_minutes", "rows", "context_tokens", "optimizer", "learning_rate", "matrix_learning_rate",
     "weight_decay", "beta1", "beta2", "epsilon", "moments", "momentum", "clip_norm", "schedule", "warmup_steps",
-    "decay_fraction", "final_fraction", "precision",
+    "decay_fraction", "final_fraction", "precision", "frozen_products",
 }  # fmt: skip
 
 
