@@ -154,7 +154,7 @@ def test_a_setting_has_an_effect_or_is_said_to_have_none(world: str, name: str) 
 COMPUTES = {
     "steps", "budget_minutes", "rows", "context_tokens", "optimizer", "learning_rate", "matrix_learning_rate",
     "weight_decay", "beta1", "beta2", "epsilon", "moments", "momentum", "clip_norm", "schedule", "warmup_steps",
-    "decay_fraction", "final_fraction", "precision", "frozen_products",
+    "decay_fraction", "final_fraction", "precision",
 }  # fmt: skip
 
 
