@@ -10,6 +10,7 @@ import difflib
 import os
 import platform
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -170,6 +171,12 @@ ENTRIES: dict[str, Entry] = _entries(
         ),
     ),
 )
+
+
+def shipped() -> dict[str, Path]:
+    """The files of the recipes that come with the package, by name."""
+    folder = Path(str(resources.files("ratoon") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def home() -> Path:

@@ -279,12 +279,11 @@ def locate(name: str | os.PathLike[str]) -> Path:
 
 def _is_recipe(name: str) -> bool:
     """Whether a recipe that ships makes a model of that name."""
-    from importlib import resources
+    from ratoon.base.catalog import shipped
+    from ratoon.base.settings import read_yaml
 
-    import yaml
-
-    path = Path(str(resources.files("ratoon") / "recipes")) / f"{name}.yaml"
-    return Path(name).name == name and path.is_file() and "task" not in yaml.safe_load(path.read_text("utf-8"))
+    path = shipped().get(name)
+    return path is not None and "task" not in read_yaml(path)
 
 
 def _holds_model(folder: Path) -> bool:

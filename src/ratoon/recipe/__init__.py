@@ -6,6 +6,7 @@ key `task`.
 
 from __future__ import annotations
 
+from ratoon.base.catalog import shipped
 from ratoon.recipe.pretraining import (
     INSTEAD,
     SIZES,
@@ -20,7 +21,6 @@ from ratoon.recipe.pretraining import (
     load,
     read_table,
     settle,
-    shipped,
     with_documents,
 )
 

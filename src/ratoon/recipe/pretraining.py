@@ -10,13 +10,12 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
-from ratoon.base.catalog import ENTRIES, entry
+from ratoon.base.catalog import ENTRIES, entry, shipped
 from ratoon.base.errors import ConfigError
 from ratoon.base.settings import Settings, build, merge, read_yaml
 from ratoon.model.config import ModelConfig
@@ -155,12 +154,6 @@ class Plan:
         if table["model"]["size"] is None:
             table["model"]["size"] = next((one.value for one in self.derived if one.key == "model.size"), None)
         return table
-
-
-def shipped() -> dict[str, Path]:
-    """Recipes that come with the package, by name."""
-    folder = Path(str(resources.files("ratoon") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def read_table(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
