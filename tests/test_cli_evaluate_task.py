@@ -11,8 +11,12 @@ import torch
 import yaml
 
 from little_tasks import KINDS, rows_of, table, write
+from ratoon.base.errors import DataError
 from ratoon.cli.main import run as ratoon
 from ratoon.evaluate import task as evaluate
+from ratoon.evaluate.kept import counted_again
+from ratoon.evaluate.task import predict
+from ratoon.tasks.registry import restored
 
 WITHOUT_FLOOR = {"preference"}
 
@@ -245,20 +249,58 @@ def test_robustness_of_every_shape_of_record(kind: str, place: Path, capsys: pyt
             assert one["perturbed"].split("\n")[1:] == one["text"].split("\n")[1:], "the text to search in stays"
 
 
-def test_a_perturbed_text_is_graded_on_the_scale_of_its_own_group(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [{**row, "set": "ab"[number % 2], "score": 2 + 50 * (number % 2) + (number % 10 == 0)}
-            for number, row in enumerate(rows_of("scoring", 40))]  # fmt: skip
+def of_two_scales(place: Path) -> None:
+    """A run on the same texts in two groups, one graded 2 to 8 and one 52 to 58."""
+    rows = [{**row, "set": group, "score": low + number % 7}
+            for number, row in enumerate(rows_of("scoring", 20)) for group, low in (("a", 2), ("b", 52))]  # fmt: skip
     write(place / "rows.jsonl", rows)
-    Path("recipe.yaml").write_text(
-        yaml.safe_dump(table("scoring", task__group="set", task__low=0, task__high=60)), encoding="utf-8"
-    )
+    changes = {"task__group": "set", "task__low": {"a": 2, "b": 52}, "task__high": {"a": 8, "b": 58}}
+    Path("recipe.yaml").write_text(yaml.safe_dump(table("scoring", **changes)), encoding="utf-8")
     assert ratoon(["finetune", "recipe.yaml"]) == 0
+
+
+def test_a_perturbed_text_is_graded_on_the_scale_of_its_own_group(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_two_scales(place)
+    asked: list[str] = []
+
+    def spy(lm: Any, task: Any, records: Any, **options: Any) -> Any:
+        found = predict(lm, task, records, **options)
+        assert all(one.answer < 10 if record.group == "a" else one.answer > 50
+                   for record, one in zip(records, found, strict=True))  # fmt: skip
+        asked.extend(record.group for record in records)
+        return found
+
+    monkeypatch.setattr("ratoon.evaluate.task_robust.predict", spy)
     found = measured(capsys, "tuned", "--robust", "--perturb", "case", "--strengths", "1")
     (curve,) = found["robust"]["curves"]
     assert curve["points"][0]["score"]["value"] == pytest.approx(found["values"][0]["value"])
-    assert curve["points"][1]["score"]["value"] > 0.9, "groups lie 50 apart, whatever the text"
+    lines = (place / "runs/tuned/evaluation/predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    own = [json.loads(line)["group"] for line in lines]
+    assert set(own) == {"a", "b"} and asked == own * (len(asked) // len(own))
+
+
+def test_groups_are_measured_alone_and_counted_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two scales 50 apart: of all numbers together the correlation would be near 1, whatever was learned."""
+    of_two_scales(place)
+    found = measured(capsys, "tuned", "--floor")
+    values = {one["name"]: one for one in found["values"]}
+    a, b = values["kappa_quadratic[a]"], values["kappa_quadratic[b]"]
+    assert a["n"] + b["n"] == found["n"] == values["kappa_quadratic"]["n"]
+    whole = [one["value"] for one in (a, b) if one["value"] is not None]
+    assert values["kappa_quadratic"]["value"] == pytest.approx(sum(whole) / len(whole))
+    assert values["spearman"]["value"] is None or values["spearman"]["value"] < 0.9
+    assert [one["name"] for one in found["floors"][0]["values"]] == list(values)
+    page = (place / "runs/tuned/evaluation/report.html").read_text(encoding="utf-8")
+    assert "Quadratic weighted kappa, a" in page and "each group on its own scale" in page
+    state = json.loads((place / "runs/tuned/manifest.json").read_text(encoding="utf-8"))
+    lines = (place / "runs/tuned/evaluation/predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    again = counted_again(restored(state["task"]), [json.loads(line) for line in lines], "en")
+    assert [one.value for one in again.values] == [one["value"] for one in found["values"]]
+    bare = [{key: value for key, value in json.loads(line).items() if key != "group"} for line in lines]
+    with pytest.raises(DataError, match="no 'group'"):
+        counted_again(restored(state["task"]), bare, "en")
 
 
 @pytest.mark.parametrize("kind", ["generation", "preference"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from ratoon.base.errors import ConfigError, DataError
 from ratoon.base.seeds import stream
 from ratoon.evaluate.interval import ratio_interval
 from ratoon.evaluate.metrics.likelihood import perplexity
-from ratoon.evaluate.metrics.numbers import scores
+from ratoon.evaluate.metrics.numbers import scores, scores_by_group
 from ratoon.evaluate.metrics.preference import preference
 from ratoon.evaluate.metrics.value import Measured, bootstrap, compare
 
@@ -123,6 +125,97 @@ def test_two_graders_are_compared() -> None:
     found = compare(good, poor, "kappa_quadratic", resamples=300)
     assert found.difference is not None and found.difference > 0.1 and found.p_value == pytest.approx(1 / 301)
     assert compare(good, good, "spearman", resamples=50).p_value == 1.0
+
+
+# -- groups with scales of their own -----------------------------------------------------------------------------------
+
+
+def in_groups(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Grades of three groups, 1 to 6, and as many steps from 41 and from 101; in no order."""
+    expected, predicted = graded(seed, 120)
+    groups = stream(seed, "groups").integers(0, 3, 120)
+    return expected + np.array([0, 40, 100])[groups], predicted + np.array([0, 40, 100])[groups], groups
+
+
+SCALES = {"0": (1.0, 6.0, 1.0), "1": (41.0, 46.0, 1.0), "2": (101.0, 106.0, 1.0)}
+
+
+def test_groups_are_counted_alone_and_averaged() -> None:
+    """By plain loops over groups and resamples with scipy and scikit-learn."""
+    expected, predicted, groups = in_groups(8)
+    lows = np.array([0, 40, 100])[groups]
+    one_scale = expected - lows, predicted - lows
+    by_group = {
+        "kappa_quadratic": lambda i: kappa(one_scale[0][i], one_scale[1][i]),
+        "spearman": lambda i: stats.spearmanr(expected[i], predicted[i])[0],
+        "pearson": lambda i: stats.pearsonr(expected[i], predicted[i])[0],
+        "rmse": lambda i: np.sqrt(np.mean((expected[i] - predicted[i]) ** 2)),
+        "mae": lambda i: np.mean(np.abs(expected[i] - predicted[i])),
+    }
+
+    def mean(of: Callable[[np.ndarray], float], drawn: np.ndarray) -> float:
+        return float(np.mean([of(drawn[groups[drawn] == group]) for group in range(3)]))
+
+    found = scores_by_group(expected.tolist(), predicted.tolist(), groups.astype(str).tolist(), SCALES, resamples=120)
+    everyone = np.arange(120)
+    for name, of in by_group.items():
+        assert value(found, name) == pytest.approx(mean(of, everyone), abs=1e-12)
+        looped = bootstrap(lambda drawn, of=of: mean(of, drawn), 120, resamples=120)
+        assert found.value(name).interval == pytest.approx(looped, abs=1e-9)
+    for group in range(3):
+        one = found.value(f"kappa_quadratic[{group}]")
+        inside = np.flatnonzero(groups == group)
+        assert one.value == pytest.approx(by_group["kappa_quadratic"](inside), abs=1e-12) and one.n == len(inside)
+        assert one.interval is not None and one.interval[0] < one.value < one.interval[1]
+    assert "1: cohen's kappa|weights:quadratic|scale:41 to 46 by 1" in found.values[0].signature
+    assert found.value("spearman").signature == "mean of 3 groups|spearman|ties:mid-ranks"
+    assert value(scores(expected.tolist(), predicted.tolist()), "spearman") > 0.97, "thrown together"
+    assert value(found, "spearman") < 0.9
+
+
+def test_two_graders_of_groups_are_compared() -> None:
+    expected, predicted, groups = in_groups(9)
+    noise = stream(9, "noise").normal(0, 2.0, 120)
+    good, poor = (scores_by_group(expected.tolist(), side.tolist(), groups.astype(str).tolist(), SCALES, resamples=20)
+                  for side in (predicted, predicted + noise))  # fmt: skip
+    found = compare(good, poor, "kappa_quadratic", resamples=100)
+    assert found.difference is not None and found.difference > 0.1 and found.p_value == pytest.approx(1 / 101)
+
+
+def test_a_group_of_one_grade_is_left_out_and_said() -> None:
+    found = scores_by_group([1, 2, 3, 5, 5], [1, 3, 3, 5, 5], list("aaabb"), {"a": (1, 3, 1), "b": (1, 9, 1)})
+    assert value(found, "kappa_quadratic") == value(found, "kappa_quadratic[a]")
+    assert found.values[0].note is not None
+    assert found.values[0].note.startswith("left out of the mean, undefined there: 1 groups (b)")
+    assert found.value("kappa_quadratic[b]").value is None and value(found, "mae") == pytest.approx(1 / 6)
+
+
+def test_without_a_scale_in_every_group_there_is_no_kappa() -> None:
+    found = scores_by_group([1, 2, 3, 5], [1, 3, 3, 6], list("aabb"), {"a": (1, 3, 1), "b": None}, resamples=5)
+    assert [one.name for one in found.values][:1] == ["spearman"] and "spearman[b]" in [v.name for v in found.values]
+
+
+def test_of_many_groups_the_mean_alone_is_listed() -> None:
+    groups = [str(number // 2) for number in range(42)]
+    found = scores_by_group(list(range(42)), list(range(42)), groups, dict.fromkeys(groups), resamples=5)
+    assert [one.name for one in found.values] == ["spearman", "pearson", "rmse", "mae"]
+    assert found.value("spearman").signature.startswith("mean of 21 groups|")
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        (r"group 'c' has no scale", ([1, 2], [1, 2], ["a", "c"], {"a": (1, 6, 1)})),
+        (r"1 groups for 2 records", ([1, 2], [1, 2], ["a"], {"a": (1, 6, 1)})),
+        (
+            r"expected score 9 is not on the scale\n.*\n.*group b, 1 to 6",
+            ([1, 9], [1, 2], ["a", "b"], dict.fromkeys("ab", (1, 6, 1))),
+        ),
+    ],
+)
+def test_groups_that_do_not_fit(message: str, arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(DataError, match=message):
+        scores_by_group(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -516,6 +516,8 @@ def test_every_figure_that_is_measured_has_a_name(folders: dict[str, Path]) -> N
             assert "_" not in english + chinese and (english[0].isupper() or english.startswith("chrF"))
     assert task_phrases.figure_name("entity_f1_micro", "zh") == "实体 F1（微平均）"
     assert task_phrases.figure_name("entity_precision_micro", "en") == "Entity precision, micro"
+    assert task_phrases.figure_name("kappa_quadratic[set 1]", "en") == "Quadratic weighted kappa, set 1"
+    assert task_phrases.figure_name("kappa_quadratic[1]", "zh") == "二次加权 Kappa（1）"
 
 
 def test_notes_that_are_written_beside_figures_are_known_in_chinese() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from ratoon.base.errors import ArtifactError, ConfigError, DataError
 from ratoon.model.gguf import read_head
@@ -381,7 +382,8 @@ def test_essays_of_several_scales(smollm2: Tokenizer, shared_data: Path) -> None
     task, records, sentences = settled(table, rows)
     ranges = task.ranges  # type: ignore[attr-defined]
     assert len(ranges) == 8 and ranges["1"][1] <= 12 and ranges["8"][1] > 30 and "1: " in sentences[0]
-    assert task.scale() == (None, None, 1.0)  # type: ignore[attr-defined]
+    scales = task.scales()  # type: ignore[attr-defined]
+    assert scales["1"] == (*ranges["1"], 1.0) and len(scales) == 8
     again = restored(task.facts())
     for record in records[:30]:
         found = task.encode(record, smollm2, room_tokens=256, too_long="cut-right")
@@ -389,6 +391,37 @@ def test_essays_of_several_scales(smollm2: Tokenizer, shared_data: Path) -> None
         assert again.read_scores(record, np.array(found.examples[0].vector)) == record.score
     with pytest.raises(DataError, match="group '9'"):
         task.check(task.record({**rows[0], "essay_set": "9"}, "here"))
+
+
+SETS = [
+    {"text": "t", "score": score, "set": group} for group, score in ((1, 3), (1, 5), (2, 40), (2, 44), (3, 1), (3, 2))
+]
+
+
+def test_a_scale_for_each_group() -> None:
+    """YAML's {1: 2} are names; what is not told is that of the training rows."""
+    table = {"kind": "scoring", "group": "set", "low": {1: 2, 2: 30}, "high": {"2": 60}}
+    task, records, _ = settled(table, SETS)
+    scales = task.scales()  # type: ignore[attr-defined]
+    assert scales == {"1": (2, 5, 1), "2": (30, 60, 1), "3": (1, 2, 1)}
+    assert restored(task.facts()).scales() == scales  # type: ignore[attr-defined]
+    assert task.read_scores(records[2], np.array([99.0])) == 60
+    task.check(task.record({"text": "t", "score": 59, "set": 2}, "here"))
+    with pytest.raises(DataError, match=r"number 61 is outside of 30 to 60\n(.*\n)*.*task.low=\{2: 0\}"):
+        task.check(task.record({"text": "t", "score": 61, "set": 2}, "here"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group": None}, "need task.group"),
+        ({"high": {1: 1}}, r"low must be below high \(group 1\)"),
+        ({"low": {9: 0}}, "no training row has the group '9'"),
+    ],
+)
+def test_scales_of_groups_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, ValidationError), match=message):
+        settled({"kind": "scoring", "group": "set", "low": {1: 2}, **changes}, SETS)
 
 
 def test_two_texts_have_one_number(smollm2: Tokenizer) -> None:

@@ -24,6 +24,8 @@ def counted_again(task: Task[Any], lines: Sequence[Mapping[str, Any]], language:
     Raises `DataError` for a line without what is counted, `ConfigError` for a library that is missing.
     """
     needed = {"perplexity": ("nats", "tokens"), "preference": ("nats",)}.get(task.measure, ("answer",))
+    if getattr(task, "grouped", False):
+        needed = (*needed, "group")
     for number, line in enumerate(lines, start=1):
         missing = [key for key in ("expected", *needed) if key not in line]
         if missing:
@@ -33,7 +35,10 @@ def counted_again(task: Task[Any], lines: Sequence[Mapping[str, Any]], language:
                 fix="measure the run again: ratoon evaluate RUN",
             )
     predictions = [
-        Prediction(None, line.get("answer"), nats=line.get("nats"), tokens=line.get("tokens", 0)) for line in lines
+        Prediction(
+            None, line.get("answer"), nats=line.get("nats"), tokens=line.get("tokens", 0), group=line.get("group", "")
+        )
+        for line in lines
     ]
     drawing = {} if task.measure == "perplexity" else {"resamples": 1}
     return measure(task, predictions, language, expected=[line["expected"] for line in lines], **drawing)

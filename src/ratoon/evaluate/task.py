@@ -47,6 +47,8 @@ class Prediction:
     tokens: int = 0
     cut_tokens: int = 0
     """Tokens of the record that the model did not read."""
+    group: str = ""
+    """The record's group, where the prediction comes without its record."""
 
     def as_dict(self, task: Task[Any]) -> dict[str, Any]:
         """The prediction as a line of predictions.jsonl."""
@@ -66,6 +68,8 @@ class Prediction:
             facts |= {"nats": self.nats, "tokens": self.tokens}
         if self.cut_tokens:
             facts["cut_tokens"] = self.cut_tokens
+        if getattr(self.record, "group", ""):
+            facts["group"] = self.record.group
         return facts
 
 
@@ -445,10 +449,13 @@ def measure(
 
         return tagging(expected, answers, **drawing)
     if task.measure == "numbers":
-        from ratoon.evaluate.metrics.numbers import scores
+        from ratoon.evaluate.metrics.numbers import scores, scores_by_group
 
         scoring: Any = task
-        return scores(expected, answers, *scoring.scale(), **drawing)
+        if not scoring.grouped:
+            return scores(expected, answers, *(scoring.scales()[""] or ()), **drawing)
+        groups = [one.group if one.record is None else one.record.group for one in predictions]
+        return scores_by_group(expected, answers, groups, scoring.scales(), **drawing)
     if task.measure == "answers":
         from ratoon.evaluate.metrics.answers import answers as question_answers
 

@@ -87,6 +87,7 @@ def render_task(evaluation: Evaluation, language: Language, run: Records | None 
         classes=_classes(evaluation),
         confusion=_confusion(evaluation),
         pictures=_pictures(evaluation, records),
+        grouped=records is not None and any("group" in row for row in records.rows),
         learned=None if run is None else learned(run, say, language),
         between_all=task_plots.limits([point for curve in evaluation.curves for point in curve.points]),
         strength=task_plots.strength,
@@ -156,10 +157,15 @@ def _pictures(evaluation: Evaluation, records: Browser | None) -> dict[str, str]
     if any(one["n"] for one in bins):
         found["calibration"] = task_plots.calibration(bins)
     if evaluation.measure == "numbers" and records is not None:
-        pairs = [(row["expected"], row["answer"]) for row in records.rows if "off" in row]
-        if pairs:
-            expected, answered = np.array(pairs, dtype=np.float64).T
-            found["numbers"] = task_plots.numbers(expected, answered)
+        rows = [row for row in records.rows if "off" in row]
+        if rows:
+            pairs_N2 = np.array([(row["expected"], row["answer"]) for row in rows], dtype=np.float64)
+            groups = np.array([row.get("group", "") for row in rows])
+            # Each group on a scale of its own, from its lowest number to its highest.
+            for group in set(groups[groups != ""]):
+                inside = pairs_N2[groups == group]
+                pairs_N2[groups == group] = (inside - inside.min()) / (np.ptp(inside) or 1.0)
+            found["numbers"] = task_plots.numbers(*pairs_N2.T)
     return found
 
 

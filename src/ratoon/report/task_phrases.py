@@ -179,6 +179,11 @@ PHRASES: dict[str, tuple[str, str]] = {
         "各置信度下的正确率，共 {n} 个分箱。",
     ),
     "picture_numbers": ("Answered by expected number, n = {n}.", "预测值与真实值，n = {n}。"),
+    "numbers_note_groups": (
+        "A dot for each record, each group on its own scale from its lowest number (0) to its highest (1); on the "
+        "dashed line answer and truth are equal.",
+        "每条记录一个点，各组按自身的最小值（0）到最大值（1）缩放；虚线上预测与真实相等。",
+    ),
     "numbers_note": (
         "A dot for each record; on the dashed line answer and truth are equal.",
         "每条记录一个点；虚线上预测与真实相等。",
@@ -452,6 +457,7 @@ NOTES_ZH: tuple[tuple[str, str], ...] = (
         r"every resample gives the same: the interval is a point and says nothing of unseen records",
         "每次重采样结果相同：区间退化为一点，不能说明未见记录",
     ),
+    (r"left out of the mean, undefined there: (\d+) groups \((.*)\)", r"\1 组无定义，未计入平均（\2）"),
     (r"(\d+) of (\d+) labels stand on no record here \((.*)\)", r"\2 个标签中有 \1 个在此没有记录（\3）"),
     (r"(\d+) predictions are none of the labels and count as wrong", r"\1 个预测不属于任何标签，按错误计"),
     (r"(\d+) of (\d+) records have no answer: an empty prediction is right", r"\2 条中有 \1 条没有答案：空预测为正确"),
@@ -511,6 +517,9 @@ def phrase(key: str, language: Language) -> str:
 def figure_name(name: str, language: Language) -> str:
     """What people call a figure; a name that is not known is written as it is."""
     side = 0 if language == "en" else 1
+    if name.endswith("]") and "[" in name:
+        of, _, group = name[:-1].partition("[")
+        return f"{figure_name(of, language)}（{group}）" if side else f"{figure_name(of, language)}, {group}"
     if name in FIGURES:
         return FIGURES[name][side]
     start, _, rest = name.partition("_")

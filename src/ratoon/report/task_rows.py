@@ -171,6 +171,8 @@ def _number(expected: Any, answer: Any, line: dict[str, Any], labels: list[str])
         row["expected"] = there
         if given is not None:
             row["off"] = given - there
+    if line.get("group"):
+        row["group"] = str(line["group"])
     return row
 
 

@@ -11,9 +11,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ratoon.base.errors import ConfigError, DataError
 from ratoon.tasks.classification import fill, shorten
@@ -21,7 +21,16 @@ from ratoon.tasks.contract import Encoded, Head, Named, Record, Task, TaskSettin
 from ratoon.tasks.example import Example
 from ratoon.text.tokenizer import Tokenizer
 
+Scale = tuple[float, float, float] | None
 SCORE = Named("score", ("score", "number", "rating", "label", "domain1_score", "grade", "similarity", "stars"))
+
+
+def _by_name(bound: Any) -> Any:
+    """Groups are names; YAML takes {1: 2} for a number's."""
+    return {str(group): number for group, number in bound.items()} if isinstance(bound, Mapping) else bound
+
+
+Bound = Annotated[float | dict[str, float] | None, BeforeValidator(_by_name)]
 
 
 class ScoringSettings(TaskSettings):
@@ -31,22 +40,38 @@ class ScoringSettings(TaskSettings):
         "{text}",
         description="what is read: {text} is recognised, other fields by their names; {words}: how many words it has",
     )
-    low: float | None = Field(None, description="the lowest number; absent: that of the training rows")
-    high: float | None = Field(None, description="the highest number; absent: that of the training rows")
+    low: Bound = Field(
+        None, description="the lowest number, or that of each group ({1: 2, 2: 1}); absent: that of the training rows"
+    )
+    high: Bound = Field(
+        None, description="the highest number, or that of each group; absent: that of the training rows"
+    )
     step: float | None = Field(
         None,
         ge=0,
         description="numbers are low + multiples of it; 0: any; absent: 1 where training has whole numbers",
     )
     group: str | None = Field(
-        None, description="the field that names a row's group, where each has lowest and highest numbers of its own"
+        None,
+        description="the field that names a row's group (an essay's prompt): each has a scale of its own, and is "
+        "measured alone",
     )
 
     @model_validator(mode="after")
     def _order(self) -> ScoringSettings:
-        if self.low is not None and self.high is not None and not self.low < self.high:
-            raise ValueError("low must be below high")
+        named = {group for bound in (self.low, self.high) if isinstance(bound, dict) for group in bound}
+        if named and self.group is None:
+            raise ValueError("low and high of each group need task.group, the field that names a row's group")
+        for group in named or {""}:
+            low, high = bound_of(self.low, group), bound_of(self.high, group)
+            if low is not None and high is not None and not low < high:
+                raise ValueError(f"low must be below high{f' (group {group})' if group else ''}")
         return self
+
+
+def bound_of(bound: float | Mapping[str, float] | None, group: str) -> float | None:
+    """The lowest or highest number that the settings give a group; None: they give none."""
+    return bound.get(group) if isinstance(bound, Mapping) else bound
 
 
 @dataclass(frozen=True)
@@ -103,11 +128,19 @@ class Scoring(Task[Scored]):
         by_group: dict[str, list[float]] = {}
         for record in training:
             by_group.setdefault(record.group, []).append(record.score)
-        low, high = self.settings.low, self.settings.high
-        self.ranges = {
-            group: (min(found) if low is None else low, max(found) if high is None else high)
-            for group, found in sorted(by_group.items())
-        }
+        for bound in ("low", "high"):
+            given = getattr(self.settings, bound)
+            unknown = sorted(set(given) - set(by_group)) if isinstance(given, Mapping) else []
+            if unknown:
+                raise ConfigError(
+                    f"no training row has the group '{unknown[0]}'",
+                    where=f"task.{bound}",
+                    expected=f"some of {', '.join(sorted(by_group))}",
+                )
+        self.ranges = {}
+        for group, found in sorted(by_group.items()):
+            low, high = (bound_of(bound, group) for bound in (self.settings.low, self.settings.high))
+            self.ranges[group] = min(found) if low is None else low, max(found) if high is None else high
         whole = all(float(record.score).is_integer() for record in training)
         self.step = self.settings.step if self.settings.step is not None else float(whole)
         for group, (lowest, highest) in self.ranges.items():
@@ -135,8 +168,12 @@ class Scoring(Task[Scored]):
                 f"the number {record.score:g} is outside of {low:g} to {high:g}",
                 where=record.place,
                 expected="a number between task.low and task.high (absent: those of the training rows)",
-                fix="say task.low and task.high, or mend the row",
+                fix=f"say task.low and task.high{self._for(record.group)}, or mend the row",
             )
+
+    @staticmethod
+    def _for(group: str) -> str:
+        return f" of the group, as in task.low={{{group}: 0}}" if group else ""
 
     def _range(self, record: Scored) -> tuple[float, float]:
         if record.group not in self.ranges:
@@ -147,12 +184,14 @@ class Scoring(Task[Scored]):
             )
         return self.ranges[record.group]
 
-    def scale(self) -> tuple[float | None, float | None, float]:
-        """Lowest, highest and step of the grades; without the two where there are no grades common to all records."""
-        ranges = set(self.ranges.values())
-        if len(ranges) != 1 or not self.step:
-            return None, None, 1.0
-        return (*ranges.pop(), self.step)
+    @property
+    def grouped(self) -> bool:
+        """Whether each record has a group, graded on a scale of its own."""
+        return self.settings.group is not None
+
+    def scales(self) -> dict[str, Scale]:
+        """Lowest, highest and step of each group's grades ("": there are no groups); None for numbers of any size."""
+        return {group: (low, high, self.step) if self.step else None for group, (low, high) in self.ranges.items()}
 
     def facts(self) -> dict[str, Any]:
         """The settings, the lowest and highest numbers, their means and deviations, and the step."""

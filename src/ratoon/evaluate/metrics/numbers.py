@@ -2,12 +2,13 @@
 
 Decides how a prediction becomes a grade, and how figures of ranks are resampled. What the grades are is the task's.
 
-Letters: N records, D distinct pairs of numbers, R resamples, G grades.
+Letters: N records, D distinct pairs of numbers, R resamples, G groups, M figures (or the records of one group).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,8 @@ from ratoon.evaluate.metrics.value import (
 
 MOST_GRADES = 1000
 """Grades of a scale: kappa's table is of their square."""
+MOST_GROUPS = 20
+"""Groups that are listed one by one beside their mean."""
 
 
 def scores(
@@ -53,12 +56,80 @@ def scores(
     """
     n = expect_pairs(expected, predicted)
     expected_N, predicted_N = _finite(expected, "expected"), _finite(predicted, "predicted")
+    part, heads = _figures(expected_N, predicted_N, None if low is None and high is None else (low, high, step))
+    per_record = {"error": (predicted_N - expected_N).tolist()}
+    return measured(part, n, heads, seed=seed, resamples=resamples, per_record=per_record)
+
+
+def scores_by_group(
+    expected: Sequence[float],
+    predicted: Sequence[float],
+    groups: Sequence[str],
+    scales: Mapping[str, tuple[float, float, float] | None],
+    *,
+    seed: int = 1,
+    resamples: int = 1000,
+) -> Measured:
+    """Each figure of `scores` as the mean over groups that are graded on scales of their own, as ASAP's essay sets are;
+    after them, for at most `MOST_GROUPS` groups, the main figure of each under `name[group]` with its own n.
+
+    Numbers of different scales are nowhere thrown together: how the scales differ would pass for agreement. A group
+    whose figure is undefined (all its grades are the same) is left out of the mean, and the note says so. `scales`:
+    lowest, highest and step of each group; kappa is counted where all groups that occur have one.
+    Raises `DataError` and `ConfigError` as `scores` does, the former also for a group without a scale.
+    """
+    n = expect_pairs(expected, predicted)
+    expected_N, predicted_N = _finite(expected, "expected"), _finite(predicted, "predicted")
+    names = sorted(set(groups))
+    unknown = [name for name in names if name not in scales]
+    if len(groups) != n or unknown:
+        raise DataError(
+            f"group '{unknown[0]}' has no scale" if unknown else f"{len(groups):,} groups for {n:,} records",
+            expected=f"one of {', '.join(scales)}" if unknown else "a group each",
+        )
+    on_scales = all(scales[name] is not None for name in names)
+    members = [np.flatnonzero(np.asarray(groups) == name) for name in names]
+    found = [
+        _figures(expected_N[inside], predicted_N[inside], scales[name] if on_scales else None, f"group {name}, ")
+        for name, inside in zip(names, members, strict=True)
+    ]
+    parts = [_among(part, inside, n, len(heads)) for (part, heads), inside in zip(found, members, strict=True)]
+
+    def figures(drawn_RN: Indices) -> Floats:
+        by_group_GRM = np.stack([part(drawn_RN) for part in parts])
+        known_GRM = np.isfinite(by_group_GRM)
+        total_RM = np.where(known_GRM, by_group_GRM, 0.0).sum(axis=0)
+        mean_RM = ratio(total_RM, known_GRM.sum(axis=0).astype(np.float64), otherwise=np.nan)
+        listed = by_group_GRM[:, :, 0].T if len(names) <= MOST_GROUPS else np.empty((len(drawn_RN), 0))
+        return np.concatenate([mean_RM, listed], axis=1)
+
+    whole_M = [part(np.arange(n, dtype=np.int64)[None])[0] for part in parts]
+    means = []
+    for place, head in enumerate(found[0][1]):
+        signs = {name: heads[place].signature for name, (_, heads) in zip(names, found, strict=True)}
+        one = len(set(signs.values())) == 1
+        told = head.signature if one else ", ".join(f"{name}: {sign}" for name, sign in signs.items())
+        undefined = [name for name, of_group in zip(names, whole_M, strict=True) if not np.isfinite(of_group[place])]
+        means.append(replace(head, signature=f"mean of {len(names)} groups|{told}", note=_left_out(undefined)))
+    own = [replace(heads[0], name=f"{heads[0].name}[{name}]") for name, (_, heads) in zip(names, found, strict=True)]
+    own = own if len(names) <= MOST_GROUPS else []
+    per_record = {"error": (predicted_N - expected_N).tolist()}
+    whole = measured(figures, n, [*means, *own], seed=seed, resamples=resamples, per_record=per_record)
+    counts = [n] * len(means) + [len(inside) for inside in members][: len(own)]
+    return replace(whole, values=[replace(one, n=count) for one, count in zip(whole.values, counts, strict=True)])
+
+
+def _figures(
+    expected_N: Floats, predicted_N: Floats, scale: tuple[float | None, float | None, float] | None, whose: str = ""
+) -> tuple[Figures, list[Head]]:
+    """The figures of numbers on one scale, or on none, and their names."""
     parts: list[Figures] = []
     heads = []
-    if low is not None or high is not None:
-        low, grades = _scale(low, high, step)
+    if scale is not None:
+        step = scale[2]
+        low, grades = _scale(*scale)
         on_scale = f"{low:g} to {low + step * (grades - 1):g} by {step:g}"
-        _expect_on_scale(expected_N, low, step, grades, on_scale)
+        _expect_on_scale(expected_N, low, step, grades, whose + on_scale)
         parts.append(_kappa(_graded(expected_N, low, step, grades), _graded(predicted_N, low, step, grades), grades))
         sign = f"cohen's kappa|weights:quadratic|scale:{on_scale}|rounding:nearest, halves up"
         heads.append(Head("kappa_quadratic", sign, undefined="undefined: both sides hold one and the same grade"))
@@ -70,8 +141,25 @@ def scores(
         Head("rmse", "root mean squared error", higher_is_better=False),
         Head("mae", "mean absolute error", higher_is_better=False),
     ]
-    per_record = {"error": (predicted_N - expected_N).tolist()}
-    return measured(side_by_side(*parts), n, heads, seed=seed, resamples=resamples, per_record=per_record)
+    return side_by_side(*parts), heads
+
+
+def _among(part: Figures, members_M: Indices, n: int, figures: int) -> Figures:
+    """Figures of some of the n records, from draws of all of them; undefined where none of the some is drawn."""
+    place_N = np.full(n, -1, dtype=np.int64)
+    place_N[members_M] = np.arange(len(members_M))
+
+    def of(row_N: Indices) -> Floats:
+        inside = place_N[row_N]
+        inside = inside[inside >= 0]
+        return part(inside[None])[0] if len(inside) else np.full(figures, np.nan)
+
+    return lambda drawn_RN: np.stack([of(row_N) for row_N in drawn_RN])
+
+
+def _left_out(names: Sequence[str]) -> str | None:
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return f"left out of the mean, undefined there: {len(names)} groups ({shown})" if names else None
 
 
 def _kappa(expected_N: npt.NDArray[np.int64], predicted_N: npt.NDArray[np.int64], grades: int) -> Figures:
