@@ -16,7 +16,8 @@ from ratoon.adapt.methods import method_of
 from ratoon.base.errors import ConfigError
 from ratoon.model import int8
 from ratoon.model.int8 import codes_of, product, round_frozen, unround
-from ratoon.model.transformer import Linear, Transformer, side_by_side
+from ratoon.model.layers import Linear, side_by_side
+from ratoon.model.transformer import Transformer
 from ratoon.train.compiled import missing_compiler
 from ratoon.train.device import find_place
 from ratoon.train.loop import Hooks, train

@@ -35,7 +35,8 @@ from ratoon.adapt.lora import LORA_KEYS, LORA_SILENT, LowRank
 from ratoon.base.errors import ArtifactError, ConfigError
 from ratoon.base.seeds import derive
 from ratoon.base.settings import build
-from ratoon.model.transformer import Linear, Transformer
+from ratoon.model.layers import Linear
+from ratoon.model.transformer import Transformer
 
 
 class AdaLoraSettings(SiteSettings):

@@ -20,7 +20,8 @@ from ratoon.adapt.inject import Adapted, adapted, place, plain_layer, take_out
 from ratoon.base.errors import ArtifactError, ConfigError
 from ratoon.base.seeds import derive
 from ratoon.base.settings import Settings, build
-from ratoon.model.transformer import Linear, Site, Transformer
+from ratoon.model.layers import Linear
+from ratoon.model.transformer import Site, Transformer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,

@@ -36,7 +36,8 @@ from ratoon.adapt.inject import (
 )
 from ratoon.base.errors import ArtifactError, ConfigError
 from ratoon.base.settings import build
-from ratoon.model.transformer import Linear, Transformer
+from ratoon.model.layers import Linear
+from ratoon.model.transformer import Transformer
 
 PAPERS = ("k", "v", "down", "cross_k", "cross_v")
 """Kinds that get a vector where the settings name none: l_k, l_v and l_ff of eq. 1."""

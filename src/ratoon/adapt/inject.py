@@ -22,7 +22,8 @@ from ratoon.base.errors import ArtifactError, ConfigError
 from ratoon.base.settings import Settings
 from ratoon.model.family import Rule
 from ratoon.model.heads import weights_of
-from ratoon.model.transformer import Linear, Site, Transformer, is_plain, side_by_side
+from ratoon.model.layers import Linear, is_plain, side_by_side
+from ratoon.model.transformer import Site, Transformer
 
 Kind = Literal["q", "k", "v", "o", "gate", "up", "down", "cross_q", "cross_k", "cross_v", "cross_o"]
 

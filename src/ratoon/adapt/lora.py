@@ -42,7 +42,8 @@ from ratoon.adapt.inject import (
 )
 from ratoon.base.seeds import derive
 from ratoon.base.settings import build
-from ratoon.model.transformer import Linear, Transformer, side_by_side
+from ratoon.model.layers import Linear, side_by_side
+from ratoon.model.transformer import Transformer
 
 
 class LoraSettings(SiteSettings):

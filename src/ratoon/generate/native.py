@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ratoon.model.cache import Cache
+from ratoon.model.layers import Linear, Norm
 from ratoon.model.native import Unavailable, library
-from ratoon.model.transformer import MLP, Attention, Block, Linear, Norm, Transformer
+from ratoon.model.transformer import MLP, Attention, Block, Transformer
 
 MOST_ROWS = 8
 """Up to here one pass over the weights in C is faster than torch's matrix product."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ratoon.model.config import EncoderDecoderSettings, ModelConfig
 from ratoon.model.fused import run_starts
-from ratoon.model.transformer import Block, Linear, Site, TaskHead, Transformer
+from ratoon.model.layers import Linear
+from ratoon.model.transformer import Block, Site, TaskHead, Transformer
 
 
 class EncoderDecoder(nn.Module):

@@ -13,7 +13,8 @@ from torch import nn
 from ratoon.base.seeds import derive
 from ratoon.model.config import HeadConfig
 from ratoon.model.encoder_decoder import EncoderDecoder
-from ratoon.model.transformer import Experts, Norm, TaskHead, Transformer
+from ratoon.model.layers import Norm
+from ratoon.model.transformer import Experts, TaskHead, Transformer
 
 
 @torch.no_grad()

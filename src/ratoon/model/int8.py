@@ -19,7 +19,7 @@ from ratoon.base.errors import ConfigError
 
 if TYPE_CHECKING:
     from ratoon.model.encoder_decoder import AnyModel
-    from ratoon.model.transformer import Linear
+    from ratoon.model.layers import Linear
 
 LARGEST = 127
 SMALLEST_WIDTH = 16
@@ -97,7 +97,7 @@ def _frozen(model: AnyModel) -> list[Linear]:
 
 
 def _linear(model: AnyModel) -> list[Linear]:
-    from ratoon.model.transformer import Linear
+    from ratoon.model.layers import Linear
 
     return [module for block in model.layers for module in block.modules() if type(module) is Linear]
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ratoon.model.transformer import Embedding, Experts, Linear
+from ratoon.model.layers import Embedding, Linear
+from ratoon.model.transformer import Experts
 from ratoon.train import update
 from ratoon.train.settings import TrainSettings
 from ratoon.train.weights import FlatWeights
