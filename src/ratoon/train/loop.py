@@ -136,6 +136,22 @@ def _dropped(records: int) -> str:
     return f"; {records} records of steps after it dropped" if records else ""
 
 
+def _expect_fitting(settings: TrainSettings, model: AnyModel, world: World) -> None:
+    """Raise `ConfigError` for rows that processes cannot share, or that are longer than the model's context."""
+    if settings.rows % world.size:
+        raise ConfigError(
+            f"{settings.rows} rows cannot be shared evenly by {world.size} processes",
+            where="train.rows",
+            expected=f"a multiple of {world.size}",
+        )
+    if settings.context_tokens > model.cfg.context_tokens:
+        raise ConfigError(
+            f"rows of {settings.context_tokens} tokens are longer than the model's context",
+            where="train.context_tokens",
+            expected=f"at most {model.cfg.context_tokens}",
+        )
+
+
 class _Session:
     """One call of `train`: the objects of a run and the counters that a checkpoint keeps."""
 
@@ -157,18 +173,7 @@ class _Session:
         self.trunk: Trunk | None = None
         self.penalty = 0.0
         self.objective, self.hooks, self.parents, self.world = objective, hooks, parents, world
-        if settings.rows % world.size:
-            raise ConfigError(
-                f"{settings.rows} rows cannot be shared evenly by {world.size} processes",
-                where="train.rows",
-                expected=f"a multiple of {world.size}",
-            )
-        if settings.context_tokens > model.cfg.context_tokens:
-            raise ConfigError(
-                f"rows of {settings.context_tokens} tokens are longer than the model's context",
-                where="train.context_tokens",
-                expected=f"at most {model.cfg.context_tokens}",
-            )
+        _expect_fitting(settings, model, world)
         allocator = tune_allocator()
         self.place: Place = find_place(settings)
         self.frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
