@@ -281,6 +281,40 @@ def test_a_perturbed_text_is_graded_on_the_scale_of_its_own_group(
     assert set(own) == {"a", "b"} and asked == own * (len(asked) // len(own))
 
 
+def test_a_saved_model_stretches_its_answers_as_the_validation_rows_showed(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice told: by the run, and by the model that it saved; without it the same model answers nearer to the mean."""
+    rows = [{**row, "text": f"{['one', 'two', 'six', 'ten'][number % 4]} {row['text']}", "score": 3 * (number % 4)}
+            for number, row in enumerate(rows_of("scoring", 80))]  # fmt: skip
+    write(place / "rows.jsonl", rows)
+    for name, stretch in (("tuned", True), ("flat", False)):
+        changes = {"name": name, "task__step": 0, "task__stretch": stretch, "method__kind": "full", "epochs": 4}
+        changed = {key: value for key, value in table("scoring", **changes).items() if key != "method"}
+        Path("recipe.yaml").write_text(yaml.safe_dump(changed), encoding="utf-8")
+        assert ratoon(["finetune", "recipe.yaml"]) == 0
+    said = capsys.readouterr().err
+    state = {
+        name: json.loads((place / f"runs/{name}/manifest.json").read_text(encoding="utf-8"))["task"]
+        for name in ("tuned", "flat")
+    }
+    mean, spread = state["tuned"]["held_out"]
+    assert said.count("answers are stretched by") == 1 and f"answers are stretched by {1 / spread:.2f}" in said
+    stretched, plain = (
+        [json.loads(line)["answer"] for line in (place / f"runs/{name}/evaluation/predictions.jsonl").open()]
+        for name in ("tuned", "flat")
+    )
+    kept = state["flat"]
+    assert kept["held_out"] == [0.0, 1.0]
+    ((middle, deviation),) = kept["spreads"].values()
+    low, high = kept["ranges"][""]
+    wanted = [middle + deviation * ((one - middle) / deviation - mean) / spread for one in plain]
+    assert stretched == pytest.approx([min(high, max(low, one)) for one in wanted], abs=1e-3)
+    found = measured(capsys, "tuned", "--dtype", "float32", "--out", "again")
+    again = [json.loads(line)["answer"] for line in (place / "again/predictions.jsonl").open()]
+    assert again == pytest.approx(stretched, abs=0.05) and found["task"] == "scoring"
+
+
 def test_groups_are_measured_alone_and_counted_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two scales 50 apart: of all numbers together the correlation would be near 1, whatever was learned."""
     of_two_scales(place)

@@ -490,6 +490,7 @@ class _Job(Job):
         from ratoon.adapt.contract import Method
 
         step = self._best(lm, method, result)
+        self._calibrate(lm, material)
         facts = {
             "task": material.task.facts(),
             "chat": lm.facts.get("chat", True) if material.task.kind != "dialogue" else True,
@@ -530,6 +531,15 @@ class _Job(Job):
                 self.talk(f"the model is that of step {step:,}, the best on the validation rows")
         self.state(method_facts=method.facts(lm.model))
         return step
+
+    def _calibrate(self, lm: LanguageModel, material: Material) -> None:
+        """How the model's scores are to be read, where the validation rows show it."""
+        from ratoon.evaluate.task import calibrate
+
+        learned = calibrate(lm, material.task, material.parts.validation, too_long=self.recipe.data.too_long)
+        if learned is not None:
+            self.talk(learned)
+            self.state(task=material.task.facts())
 
     def _take(self, lm: LanguageModel, method: Method, step: int) -> None:
         """Weights and the method's own state of a step's checkpoint."""

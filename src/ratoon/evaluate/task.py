@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -177,9 +177,50 @@ def encode(lm: LanguageModel, task: Task[Any], record: Any, too_long: TooLong, r
     return task.encode(record, lm.tokenizer, room_tokens=room_tokens, too_long=too_long)
 
 
+def calibrate(
+    lm: LanguageModel, task: Task[Any], records: Sequence[Any], *, too_long: TooLong = "cut-right"
+) -> str | None:
+    """Let the task learn from held-out records how this model's scores are to be read; what it learned, as a sentence.
+    Tasks that have nothing to learn there ask the model nothing."""
+    if type(task).calibrate is Task.calibrate or not records:
+        return None
+    return task.calibrate(records, [one.parts[0][0] for one in _head_says(lm, task, records, too_long, None)])
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What the head says of a record: the scores of each of its pieces, the pieces' places, tokens that were cut."""
+
+    parts: list[npt.NDArray[np.float32]]
+    places: Any
+    cut_tokens: int
+
+
 def _by_head(
     lm: LanguageModel, task: Task[Any], records: Sequence[Any], too_long: TooLong, progress: Progress | None
 ) -> list[Prediction]:
+    wanted = task.head()
+    assert wanted is not None
+    predictions = []
+    for record, said in zip(records, _head_says(lm, task, records, too_long, progress), strict=True):
+        probabilities = None
+        if wanted.kind == "sequence":
+            scores: Any = said.parts[0][0]
+            probabilities = _probabilities(scores, wanted.problem)
+        elif wanted.kind == "token":
+            scores = np.concatenate(said.parts)
+        else:
+            scores = list(zip(said.places, said.parts, strict=True))
+        answer = task.read_scores(record, scores)
+        predictions.append(Prediction(record, answer, probabilities, cut_tokens=said.cut_tokens))
+    return predictions
+
+
+def _head_says(
+    lm: LanguageModel, task: Task[Any], records: Sequence[Any], too_long: TooLong, progress: Progress | None
+) -> list[_Said]:
+    """The head's scores of each record. Raises `ArtifactError` for a model with another head, `DataError` for a record
+    that does not fit the model."""
     wanted, head = task.head(), lm.model.task_head
     assert wanted is not None
     if head is None:
@@ -215,16 +256,7 @@ def _by_head(
     by_record: list[list[Any]] = [[] for _ in records]
     for number, found_scores in zip(owner, scores, strict=True):
         by_record[number].append(found_scores)
-    predictions = []
-    for record, parts, places_of in zip(records, by_record, places, strict=True):
-        if wanted.kind == "sequence":
-            row = parts[0][0]
-            predictions.append(Prediction(record, task.read_scores(record, row), _probabilities(row, wanted.problem)))
-        elif wanted.kind == "token":
-            predictions.append(Prediction(record, task.read_scores(record, np.concatenate(parts))))
-        else:
-            predictions.append(Prediction(record, task.read_scores(record, list(zip(places_of, parts, strict=True)))))
-    return [replace(one, cut_tokens=tokens) for one, tokens in zip(predictions, cut, strict=True)]
+    return [_Said(*one) for one in zip(by_record, places, cut, strict=True)]
 
 
 def _joined_scores(

@@ -129,6 +129,11 @@ class Task(ABC, Generic[R]):
         """Raise `DataError` for a record that does not fit what was settled (a label that training does not have)."""
         return None
 
+    def calibrate(self, records: Sequence[R], scores: Sequence[Any]) -> str | None:
+        """Learn how scores are to be read from those of held-out records, after training; what was learned, as a
+        sentence. Most tasks have nothing to learn there."""
+        return None
+
     def facts(self) -> dict[str, Any]:
         """What a saved model must know of the task to answer again; `restore` takes it back."""
         return {"kind": self.kind, "version": self.version, "settings": self.settings.model_dump(mode="json")}

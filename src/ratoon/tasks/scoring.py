@@ -23,6 +23,7 @@ from ratoon.text.tokenizer import Tokenizer
 
 Scale = tuple[float, float, float] | None
 SCORE = Named("score", ("score", "number", "rating", "label", "domain1_score", "grade", "similarity", "stars"))
+FEWEST_HELD_OUT = 10
 
 
 def _by_name(bound: Any) -> Any:
@@ -55,6 +56,12 @@ class ScoringSettings(TaskSettings):
         None,
         description="the field that names a row's group (an essay's prompt): each has a scale of its own, and is "
         "measured alone",
+    )
+
+    stretch: bool | None = Field(
+        None,
+        description="answers vary as much as training's numbers do, by what the validation rows show: what is learned "
+        "by squared error lies too near to the mean, which kappa punishes; absent: where numbers are steps",
     )
 
     @model_validator(mode="after")
@@ -96,6 +103,8 @@ class Scoring(Task[Scored]):
     """Mean and standard deviation of the training rows' numbers, of each group: a head that begins near 0 begins there,
     and what it is wrong by has the same size whatever the numbers are."""
     step: float = 0.0
+    held_out: tuple[float, float] = (0.0, 1.0)
+    """Mean and standard deviation of what the head said of held-out rows, whose own are 0 and 1; see `calibrate`."""
 
     def record(self, row: Mapping[str, Any], place: str) -> Scored:
         """Text and number of the row. Raises `DataError` for what is no number."""
@@ -197,13 +206,16 @@ class Scoring(Task[Scored]):
         """The settings, the lowest and highest numbers, their means and deviations, and the step."""
         ranges = {group: list(found) for group, found in self.ranges.items()}
         spreads = {group: list(found) for group, found in sorted(self.spreads.items())}
-        return {**super().facts(), "ranges": ranges, "spreads": spreads, "step": self.step}
+        held_out = list(self.held_out)
+        return {**super().facts(), "ranges": ranges, "spreads": spreads, "step": self.step, "held_out": held_out}
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Take numbers and step back."""
         self.ranges = {group: (float(low), float(high)) for group, (low, high) in facts["ranges"].items()}
         self.spreads = {group: (float(mean), float(spread)) for group, (mean, spread) in facts["spreads"].items()}
         self.step = float(facts["step"])
+        mean, spread = facts.get("held_out", (0.0, 1.0))
+        self.held_out = (float(mean), float(spread))
 
     def text(self, record: Scored) -> str:
         """The text."""
@@ -235,11 +247,38 @@ class Scoring(Task[Scored]):
         mean, spread = self.spreads[record.group]
         return ((record.score - mean) / spread,)
 
+    def calibrate(self, records: Sequence[Scored], scores: Sequence[Any]) -> str | None:
+        """Take mean and spread of what the head says of held-out rows, so that answers vary as the numbers do.
+
+        With equal means, kappa is 2 r s / (1 + s²) for a correlation r and a spread s of answers over that of the
+        numbers: most at s = 1, while the least squared error has s = r (Cohen 1968's kappa in Lin's form, 1989). The
+        groups, each on its own scale, are taken together.
+        """
+        self.held_out = (0.0, 1.0)
+        if not (bool(self.step) if self.settings.stretch is None else self.settings.stretch):
+            return None
+        n = len(scores)
+        wanted = [self.target(record)[0] for record in records]
+        said = [float(one[0]) for one in scores]
+        if n < FEWEST_HELD_OUT:
+            return f"answers are not stretched: {n} validation rows are too few to tell by how much"
+        spread = statistics.pstdev(said)
+        if spread == 0 or statistics.pstdev(wanted) == 0 or statistics.correlation(said, wanted) <= 0:
+            return f"answers are not stretched: on {n} validation rows they do not follow the numbers"
+        if spread >= 1:
+            return f"answers are not stretched: on {n} validation rows they vary as much as the numbers of training do"
+        self.held_out = (statistics.fmean(said), spread)
+        return (
+            f"answers are stretched by {1 / spread:.2f}: on {n} validation rows they vary {spread:.2f} times as much "
+            "as the numbers of training (task.stretch: false leaves them)"
+        )
+
     def read_scores(self, record: Scored, scores: Any) -> float:
         """The number that a score stands for, within its range and rounded to the step."""
         low, high = self._range(record)
         mean, spread = self.spreads[record.group]
-        found = min(high, max(low, mean + spread * float(scores[0])))
+        middle, width = self.held_out
+        found = min(high, max(low, mean + spread * (float(scores[0]) - middle) / width))
         if self.step:
             found = min(high, low + math.floor((found - low) / self.step + 0.5) * self.step)
         return found
