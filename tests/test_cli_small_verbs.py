@@ -21,6 +21,7 @@ import yaml
 from tokenizers import normalizers
 
 from little import model as little_model
+from ratoon.adapt.methods import settings_of
 from ratoon.base import catalog
 from ratoon.base.catalog import Address, Entry, EntryFile
 from ratoon.cli.main import VERBS, run
@@ -31,6 +32,7 @@ from ratoon.recipe import Recipe, read_table, shipped
 from ratoon.recipe import load as load_recipe
 from ratoon.store.artifact import read_manifest
 from ratoon.store.runs import Run
+from ratoon.tasks.registry import class_of
 from ratoon.text.tokenizer import Tokenizer
 
 TEXT = "first line of it\nsecond line of it\nfirst line of it\n"
@@ -312,6 +314,41 @@ def test_schema_of_one_table(verb: Any) -> None:
         "data",
         *(f"data.{name}" for name in load_recipe("python-docs").data.model_dump()),
     }
+
+
+@pytest.mark.parametrize("kind", ["task.scoring", "method.lora"])
+def test_schema_of_one_kind(kind: str, verb: Any) -> None:
+    """Its own settings alone, with its own defaults, though the key is one of fine-tuning."""
+    found = verb("schema", kind, "--json").json["keys"]
+    table, _, name = kind.partition(".")
+    assert found[0]["name"] == f"{table}.kind" and found[0]["type"] == name
+    settings = class_of(name).settings_type if table == "task" else settings_of(name)
+    wanted = {f"{table}.{field}": one.default for field, one in settings.model_fields.items() if field != "kind"}
+    assert {one["name"] for one in found[1:]} == set(wanted)
+    for one in found[1:]:
+        default = wanted[one["name"]]
+        assert one["default"] == (list(default) if isinstance(default, tuple) else default)
+
+
+def test_schema_finds_keys_of_fine_tuning_too(verb: Any) -> None:
+    said = verb("schema", "task.stretch")
+    assert said.code == 0 and said.out.startswith("task.stretch: true or false or absent")
+    assert "did you mean 'task.stretch'?" in verb("schema", "task.strech").err
+
+
+@pytest.mark.parametrize(
+    ("told", "command"),
+    [
+        ("task.lo=2", "ratoon schema task"),
+        ("method.rnk=2", "ratoon schema method"),
+        ("train.row=2", "ratoon schema train"),
+        ("modl.base=x", "ratoon schema --finetune"),
+    ],
+)
+def test_an_error_of_fine_tuning_names_the_command_that_explains_it(told: str, command: str, verb: Any) -> None:
+    said = verb("finetune", "essays-en", told)
+    assert said.code == 2 and f"`{command}` lists every key" in said.err
+    assert verb(*command.split()[1:]).code == 0
 
 
 def test_the_json_schema_takes_what_ships_and_refuses_what_is_wrong(verb: Any) -> None:

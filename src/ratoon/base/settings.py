@@ -12,7 +12,7 @@ import re
 import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -28,6 +28,8 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
+    explained_by: ClassVar[str] = "ratoon schema"
+    """The command that says what the keys mean."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -201,6 +203,7 @@ def _explain(
     line = _line_of(table, path)
     place = where if line is None else COMMAND_LINE if line == 0 else f"{where}:{line}"
     dotted = ".".join([within, *path] if within else path)
+    command = f"ratoon schema {within}" if within else kind.explained_by
     more = f"; {len(details) - 1} more after it" if len(details) > 1 else ""
     if detail["type"] == "extra_forbidden":
         known = _keys_at(kind, path[:-1])
@@ -209,18 +212,14 @@ def _explain(
             f"unknown key '{dotted}'{more}",
             where=place,
             expected=f"did you mean '{near[0]}'?" if near else "one of: " + ", ".join(sorted(known)),
-            fix="`ratoon schema` lists every key with what it means",
+            fix=f"`{command}` lists every key with what it means",
         )
     if detail["type"] == "missing":
-        return ConfigError(
-            f"the key '{dotted}' is missing{more}", where=place, fix="`ratoon schema` says what it means"
-        )
+        return ConfigError(f"the key '{dotted}' is missing{more}", where=place, fix=f"`{command}` says what it means")
     message = detail["msg"].removeprefix("Value error, ")
     given = detail.get("input")
     shown = "" if isinstance(given, dict) else f" (found {given!r})"
-    return ConfigError(
-        f"'{dotted or where}': {message}{shown}{more}", where=place, fix="`ratoon schema` lists every key"
-    )
+    return ConfigError(f"'{dotted or where}': {message}{shown}{more}", where=place, fix=f"`{command}` lists every key")
 
 
 def _line_of(table: Any, path: list[str]) -> int | None:

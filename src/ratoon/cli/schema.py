@@ -23,6 +23,8 @@ from pydantic.fields import FieldInfo
 def command(key: str | None, finetune: bool, as_json: bool) -> None:
     """Print every key of a recipe with its type, its default and what it means; with KEY, that one or those below it.
 
+    `ratoon schema task.scoring` and `ratoon schema method.lora` print the settings of one task or method.
+
     `ratoon schema --json > recipe.schema.json` gives editors what they need: a recipe that begins with the line
     `# yaml-language-server: $schema=recipe.schema.json` is completed and checked while it is written.
     """
@@ -31,9 +33,9 @@ def command(key: str | None, finetune: bool, as_json: bool) -> None:
 
     keys = list(tuning_keys() if finetune else all_keys())
     if key is not None:
-        known = [one.name for one in keys]
-        keys = [one for one in keys if one.name == key or one.name.startswith(key + ".")]
+        keys = _below(key, keys) or _below(key, [*all_keys(), *tuning_keys()]) or list(_of_kind(key))
         if not keys:
+            known = [one.name for one in (*all_keys(), *tuning_keys())]
             near = difflib.get_close_matches(key, known, n=1) or [
                 name for name in known if name.rsplit(".", 1)[-1] == key
             ]
@@ -41,7 +43,7 @@ def command(key: str | None, finetune: bool, as_json: bool) -> None:
                 f"a recipe has no key '{key}'",
                 where="command line",
                 expected=f"did you mean '{near[0]}'?" if near else "a dotted key, for example train.rows",
-                fix="`ratoon schema` lists every key",
+                fix="`ratoon schema` lists the keys of pretraining, `ratoon schema --finetune` those of fine-tuning",
             )
     if as_json:
         whole = tuning_schema if finetune else json_schema
@@ -96,6 +98,20 @@ def _kinds(table: str) -> dict[str, type[BaseModel]]:
     if table == "method":
         return {kind: settings_of(kind) for kind in METHODS}
     return {kind: class_of(kind).settings_type for kind in TASKS}
+
+
+def _below(key: str, keys: list[Key]) -> list[Key]:
+    """The key and those below it, each once."""
+    found = {one.name: one for one in reversed(keys) if one.name == key or one.name.startswith(key + ".")}
+    return list(reversed(found.values()))
+
+
+def _of_kind(key: str) -> Iterator[Key]:
+    """What `task.scoring` or `method.lora` names: the settings of that kind, with its own defaults."""
+    table, _, kind = key.partition(".")
+    if table in ("task", "method") and (settings := _kinds(table).get(kind)) is not None:
+        yield Key(f"{table}.kind", kind, None, True, _first_line(settings))
+        yield from (one for one in _keys(settings, table) if one.name != f"{table}.kind")
 
 
 def _by_kind(table: str) -> Iterator[Key]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -75,6 +75,7 @@ class TunedModel(Settings):
 class TuneRecipe(Settings):
     """A fine-tuning run."""
 
+    explained_by: ClassVar[str] = "ratoon schema --finetune"
     _where: str = "recipe"
     _replaced: tuple[Derived, ...] = ()
 
