@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,13 @@ def test_a_saved_model_stretches_its_answers_as_the_validation_rows_showed(
     found = measured(capsys, "tuned", "--dtype", "float32", "--out", "again")
     again = [json.loads(line)["answer"] for line in (place / "again/predictions.jsonl").open()]
     assert again == pytest.approx(stretched, abs=0.05) and found["task"] == "scoring"
+
+
+def test_with_few_validation_rows_answers_are_not_stretched_and_it_is_said(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned("scoring", place)
+    assert re.search(r"answers are not stretched: \d validation rows are too few", capsys.readouterr().err)
 
 
 def test_groups_are_measured_alone_and_counted_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

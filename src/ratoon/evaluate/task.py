@@ -182,9 +182,10 @@ def calibrate(
 ) -> str | None:
     """Let the task learn from held-out records how this model's scores are to be read; what it learned, as a sentence.
     Tasks that have nothing to learn there ask the model nothing."""
-    if type(task).calibrate is Task.calibrate or not records:
+    if type(task).calibrate is Task.calibrate:
         return None
-    return task.calibrate(records, [one.parts[0][0] for one in _head_says(lm, task, records, too_long, None)])
+    said = _head_says(lm, task, records, too_long, None) if records else []
+    return task.calibrate(records, [one.parts[0][0] for one in said])
 
 
 @dataclass(frozen=True)
