@@ -26,7 +26,7 @@ from ratoon.evaluate.metrics.classification import classification
 from ratoon.evaluate.metrics.likelihood import perplexity
 from ratoon.evaluate.metrics.numbers import scores
 from ratoon.evaluate.task import Prediction, TaskReport, measure
-from ratoon.report import task_phrases, task_rows
+from ratoon.report import task_notes, task_phrases, task_rows
 from ratoon.report.phrases import PHRASES as SHARED
 from ratoon.report.task_page import render_task, write_task_page
 from ratoon.report.task_records import Evaluation
@@ -486,9 +486,9 @@ def test_what_stands_beside_a_model_has_its_chinese() -> None:
     told |= {"untrained, the same tokens", "untrained, the same prompts and decoding"}
     told |= {"untrained, the label of the highest mean log-likelihood per token after “{text}\\nLabel:”"}
     for one in told:
-        chinese = task_phrases.note_words(one, "zh")
+        chinese = task_notes.note_words(one, "zh")
         assert re.search("[\u4e00-\u9fff]", chinese) and not re.search(r"\bthe\b|\bof\b", chinese), one
-        assert task_phrases.note_words(one, "en") == one
+        assert task_notes.note_words(one, "en") == one
 
 
 def test_both_languages_take_the_same_values_and_no_phrase_is_idle() -> None:
@@ -534,5 +534,5 @@ def test_notes_that_are_written_beside_figures_are_known_in_chinese() -> None:
     notes = {one.note for part in measured for one in part.values if one.note}
     assert len(notes) >= 7
     for note in notes:
-        chinese = task_phrases.note_words(note, "zh")
+        chinese = task_notes.note_words(note, "zh")
         assert not re.search("[a-z]{4}", chinese), (note, chinese)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ratoon.report.phrases import Language, duration
+from ratoon.report.task_notes import note_words
 from ratoon.report.task_phrases import (
     count,
     figure_name,
-    note_words,
     phrase,
     shown,
     signed,

@@ -21,11 +21,11 @@ from ratoon.report.frame import render_page, say_in
 from ratoon.report.phrases import Language
 from ratoon.report.records import Records
 from ratoon.report.task_learned import learned
+from ratoon.report.task_notes import note_words
 from ratoon.report.task_phrases import (
     PHRASES,
     count,
     figure_name,
-    note_words,
     phrase,
     shown,
     signed,

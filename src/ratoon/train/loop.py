@@ -6,7 +6,6 @@ loader, what is learned from the objective, what an evaluation is from a callbac
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ratoon.adapt.contract import Method, Moment
-from ratoon.base.errors import ArtifactError, ConfigError, NumericError
+from ratoon.base.errors import ConfigError, NumericError
 from ratoon.base.seeds import derive
 from ratoon.data.batch import Batch
 from ratoon.model import int8
@@ -32,8 +31,9 @@ from ratoon.train.compiled import compile_model
 from ratoon.train.device import Place, World, find_place, fit_rows, memory_bytes
 from ratoon.train.loss import Inputs, next_token
 from ratoon.train.optim import MATRIX, Optimizer, group_parameters
+from ratoon.train.resumed import expect_same
 from ratoon.train.schedule import share
-from ratoon.train.settings import FREE_ON_RESUME, LENGTH, TrainSettings
+from ratoon.train.settings import TrainSettings
 from ratoon.train.stop import Wishes
 from ratoon.train.trunk import Trunk
 from ratoon.train.weights import FlatWeights, can_split
@@ -573,24 +573,7 @@ class _Session:
 
     def _expect_same(self, state: dict[str, Any], folder: Path) -> None:
         """Refuse other data and other numbers; say what else is not as it was."""
-        then, now = state["loader"], json.loads(json.dumps(self.loader.state()))
-        changed = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
-        if changed:
-            raise ArtifactError(
-                f"the resumed run would see other data: {', '.join(changed)} changed",
-                where=folder,
-                expected=", ".join(f"{key}={then.get(key)!r}" for key in changed),
-                fix="resume with the data the run was started with, or start a new run with init: from this one",
-            )
-        then, now = state["settings"], self.settings.model_dump(mode="json")
-        for key in sorted(now.keys() - FREE_ON_RESUME):
-            if now[key] != then.get(key):
-                raise ConfigError(
-                    f"train.{key} is {now[key]!r}, but the run was started with {then.get(key)!r}",
-                    where=folder,
-                    fix="resume with the recipe in the run's folder, or start a new run",
-                )
-        other = [f"{key} was {then[key]}, is {now[key]}" for key in sorted(LENGTH) if now[key] != then[key]]
+        other = expect_same(state, self.loader.state(), self.settings, folder)
         if self.settings.micro_batch_rows is None:
             self.micro_rows = state["micro_rows"]
         kept = {"precision": self.place.precision, "world": self.world.size, "micro_rows": self.micro_rows}
