@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from little_tasks import KINDS, rows_of, table, write
 from ratoon.base.errors import DataError
@@ -314,6 +315,18 @@ def test_a_saved_model_stretches_its_answers_as_the_validation_rows_showed(
     found = measured(capsys, "tuned", "--dtype", "float32", "--out", "again")
     again = [json.loads(line)["answer"] for line in (place / "again/predictions.jsonl").open()]
     assert again == pytest.approx(stretched, abs=0.05) and found["task"] == "scoring"
+
+
+def test_an_adapter_on_a_base_of_16_bits_is_calibrated(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was trained is in float32 beside it, and is again afterwards."""
+    write(place / "rows.jsonl", rows_of("scoring", 80))
+    recipe = table("scoring", method__rank=4)
+    del recipe["train"]["precision"]
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert ratoon(["--debug", "finetune", "recipe.yaml"]) == 0
+    assert re.search(r"answers are (not )?stretched.* \d+ validation rows", capsys.readouterr().err)
+    weights = load_file(next((place / "runs/tuned/model").glob("adapter*.safetensors")))
+    assert {one.dtype for one in weights.values()} == {torch.float32}
 
 
 def test_with_few_validation_rows_answers_are_not_stretched_and_it_is_said(
