@@ -7,8 +7,7 @@ record is the task's, what is trained the method's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,21 +185,6 @@ def perturbed(recipe: TuneRecipe, task: Task[Any], parts: Parts, talk: Callable[
         changed = task.with_text(record, copy.edited.text)
         records.append(replace(changed, id=f"{record.id}{mark}", place=f"{record.place}{mark}"))
     return records
-
-
-@contextmanager
-def _one_type(model: Any) -> Iterator[None]:
-    """Let a model whose trained parameters are in float32 beside a base of 16 bits compute in the latter, as in
-    training."""
-    lowest = min((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
-    whole = {parameter: parameter.data for parameter in model.parameters() if parameter.dtype != lowest}
-    try:
-        for parameter, value in whole.items():
-            parameter.data = value.to(lowest)
-        yield
-    finally:
-        for parameter, value in whole.items():
-            parameter.data = value
 
 
 class _Job(Job):
@@ -552,8 +536,7 @@ class _Job(Job):
         """How the model's scores are to be read, where the validation rows show it."""
         from ratoon.evaluate.task import calibrate
 
-        with _one_type(lm.model):
-            learned = calibrate(lm, material.task, material.parts.validation, too_long=self.recipe.data.too_long)
+        learned = calibrate(lm, material.task, material.parts.validation, too_long=self.recipe.data.too_long)
         if learned is not None:
             self.talk(learned)
             self.state(task=material.task.facts())

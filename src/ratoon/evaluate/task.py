@@ -7,7 +7,8 @@ measures belong to a task. The measures are `metrics/`'s, what a record is the t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,6 +178,21 @@ def encode(lm: LanguageModel, task: Task[Any], record: Any, too_long: TooLong, r
     return task.encode(record, lm.tokenizer, room_tokens=room_tokens, too_long=too_long)
 
 
+@contextmanager
+def _one_type(model: Any) -> Iterator[None]:
+    """Let a model whose trained parameters are in float32 beside a base of 16 bits compute in the latter, as in
+    training."""
+    lowest = min((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
+    whole = {parameter: parameter.data for parameter in model.parameters() if parameter.dtype != lowest}
+    try:
+        for parameter, value in whole.items():
+            parameter.data = value.to(lowest)
+        yield
+    finally:
+        for parameter, value in whole.items():
+            parameter.data = value
+
+
 def calibrate(
     lm: LanguageModel, task: Task[Any], records: Sequence[Any], *, too_long: TooLong = "cut-right"
 ) -> str | None:
@@ -184,7 +200,8 @@ def calibrate(
     Tasks that have nothing to learn there ask the model nothing."""
     if type(task).calibrate is Task.calibrate:
         return None
-    said = _head_says(lm, task, records, too_long, None) if records else []
+    with _one_type(lm.model):
+        said = _head_says(lm, task, records, too_long, None) if records else []
     return task.calibrate(records, [one.parts[0][0] for one in said])
 
 
